@@ -1,0 +1,203 @@
+"""Every setting of every process: name, type, default, meaning, and where its value came from.
+
+One name everywhere: the field `grpc_port` is the flag `--grpc-port`, the environment variable
+`BATON_GRPC_PORT` and the Helm value `grpcPort`. Flags beat the environment, which beats defaults.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import msgspec
+
+from baton.errors import BatonError
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+RoleName = Literal["prefill", "decode", "hybrid"]
+PolicyName = Literal["prefix", "least-loaded", "round-robin", "random"]
+
+
+class BadSetting(BatonError):
+    """A flag or variable has a value its setting cannot take; the message names it."""
+
+
+def setting(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field that is a setting; `help` is what `--help` prints, units included."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+
+
+def _bundled_model() -> str:
+    """The small model beside the source tree; empty where baton is installed without it."""
+    folder = Path(__file__).resolve().parent.parent / "models" / "baton-small"
+    return str(folder) if folder.is_dir() else ""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how it is held in memory."""
+
+    model: str = setting(_bundled_model(), "model folder in Hugging Face layout, or a Hugging Face id")
+    served_model_name: str = setting("", "name clients use for the model [the last part of --model]")
+    device: Device = setting("cpu", "where tensors live: cpu or cuda")
+    dtype: Dtype = setting("auto", "of weights and KV; auto is float32 on cpu, the checkpoint's on cuda")
+    max_model_len: int = setting(0, "tokens of prompt and output together [0: what the model allows]", minimum=0)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a worker batches and how much KV it keeps."""
+
+    block_size: int = setting(0, "tokens per KV block, a power of two [0: what the backend prefers, 16 on cpu]", minimum=0)
+    kv_blocks: int = setting(0, "KV blocks in the pool [0: from --kv-bytes]", minimum=0)
+    kv_bytes: int = setting(0, "bytes of KV pool [0: an eighth of free memory on cpu, 85 % of the rest on cuda]", minimum=0)
+    max_batch_tokens: int = setting(512, "tokens computed per engine step at most", minimum=16)
+    max_batch_requests: int = setting(64, "requests decoded per engine step at most", minimum=1)
+    max_waiting: int = setting(1024, "requests a worker queues before it refuses more", minimum=1)
+    threads: int = setting(0, "torch threads of a worker [0: its share of the cores]", minimum=0)
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """One prefill, decode or hybrid worker."""
+
+    role: RoleName = setting("hybrid", "what new work the worker takes at start")
+    worker_id: str = setting("", "stable name of the worker [role-host-port]")
+    worker_host: str = setting("127.0.0.1", "address the worker listens on and is reached at")
+    worker_port: int = setting(0, "gRPC port of the worker [0: any free one]", minimum=0, maximum=65535)
+    transfer: Literal["nixl", "inprocess"] = setting(
+        "nixl", "how KV moves; inprocess works within one process only, for platforms without NIXL"
+    )
+    drain_timeout_s: float = setting(30.0, "seconds a stopping worker lets running requests finish", minimum=0)
+    handoff_timeout_s: float = setting(120.0, "seconds a handoff may wait for its next message", minimum=0.1)
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """The public front."""
+
+    host: str = setting("127.0.0.1", "address the router listens on")
+    port: int = setting(8000, "HTTP port (OpenAI API, health, metrics)", minimum=0, maximum=65535)
+    grpc_port: int = setting(50051, "gRPC port (baton.v1.Inference) [0: any free one]", minimum=0, maximum=65535)
+    policy: PolicyName = setting("prefix", "how requests are placed")
+    max_body_bytes: int = setting(8 * 1024 * 1024, "largest request body read", minimum=1024)
+    max_running: int = setting(1024, "requests in flight before the router answers 429", minimum=1)
+    request_timeout_s: float = setting(600.0, "seconds a request may take in all", minimum=1)
+    max_placements: int = setting(4, "placements tried for one request before it fails", minimum=1)
+
+
+@dataclass(frozen=True)
+class KvstoreSettings:
+    """The prefix index and worker registry."""
+
+    kvstore: str = setting("127.0.0.1:50052", "address of the kvstore (host:port)")
+    kvstore_port: int = setting(50052, "gRPC port the kvstore listens on [0: any free one]", minimum=0, maximum=65535)
+    kvstore_host: str = setting("127.0.0.1", "address the kvstore listens on")
+    redis: str = setting("", "Redis URL for shared state [empty: in the kvstore's memory]")
+    worker_ttl_s: float = setting(5.0, "seconds without a beat after which a worker is gone", minimum=0.5)
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """What `baton up` starts."""
+
+    prefill: int = setting(1, "prefill workers", minimum=0)
+    decode: int = setting(1, "decode workers", minimum=0)
+    hybrid: int = setting(0, "hybrid workers (given alone, replaces the default 1 prefill + 1 decode)", minimum=0)
+    start_timeout_s: float = setting(120.0, "seconds until every process must be ready", minimum=1)
+
+
+@dataclass(frozen=True)
+class ObservabilitySettings:
+    """What the processes say about themselves."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line written")
+    metrics_port: int = setting(0, "HTTP port of /metrics on workers and kvstore [0: any free one]", minimum=0, maximum=65535)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole tree. A process reads the sections it needs."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
+    kvstore: KvstoreSettings = field(default_factory=KvstoreSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)
+
+
+SECTIONS: dict[str, type] = {f.name: f.default_factory for f in fields(Settings)}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Effective:
+    """A setting's value and where it came from: `flag --x`, `env BATON_X` or `default`."""
+
+    section: str
+    name: str
+    value: object
+    source: str
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    return "BATON_" + name.upper()
+
+
+def declared(sections: Iterable[str] = SECTIONS) -> list[tuple[str, Field[Any], Any]]:
+    """(section, field, resolved type) of every setting in `sections`, in order."""
+    return [
+        (section, item, get_type_hints(SECTIONS[section])[item.name])
+        for section in sections
+        for item in fields(SECTIONS[section])
+    ]
+
+
+def resolve(
+    flags: Mapping[str, object] = {}, environ: Mapping[str, str] | None = None
+) -> tuple[Settings, list[Effective]]:
+    """Settle every setting. `flags` maps field names to values given on the command line (None: not given).
+
+    Raises:
+        BadSetting: a value has the wrong type or lies outside its range, or a BATON_ variable is unknown.
+    """
+    environ = os.environ if environ is None else environ
+    known = {variable(item.name) for _, item, _ in declared()}
+    for name in environ:
+        if name.startswith("BATON_") and name not in known:
+            raise BadSetting(f"unknown environment variable {name}; `baton config` lists the known ones")
+    effective = []
+    values: dict[str, dict[str, object]] = {section: {} for section in SECTIONS}
+    for section, item, kind in declared():
+        if flags.get(item.name) is not None:
+            raw, source = flags[item.name], f"flag {flag(item.name)}"
+        elif variable(item.name) in environ:
+            raw, source = environ[variable(item.name)], f"env {variable(item.name)}"
+        else:
+            raw, source = item.default, "default"
+        value = _convert(raw, kind, item, source)
+        values[section][item.name] = value
+        effective.append(Effective(section, item.name, value, source))
+    return Settings(**{section: SECTIONS[section](**values[section]) for section in SECTIONS}), effective
+
+
+def _convert(raw: object, kind: Any, item: Field[Any], source: str) -> object:
+    try:
+        value = msgspec.convert(raw, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise BadSetting(f"{source}: {raw!r} is not valid for {item.name}: {error}", field=item.name) from error
+    minimum, maximum = item.metadata["minimum"], item.metadata["maximum"]
+    if minimum is not None and value < minimum:
+        raise BadSetting(f"{source}: {item.name} must be at least {minimum}, got {value}", field=item.name)
+    if maximum is not None and value > maximum:
+        raise BadSetting(f"{source}: {item.name} must be at most {maximum}, got {value}", field=item.name)
+    return value
