@@ -45,16 +45,22 @@ class ModelSettings:
     served_model_name: str = setting("", "name clients use for the model [the last part of --model]")
     device: Device = setting("cpu", "where tensors live: cpu or cuda")
     dtype: Dtype = setting("auto", "of weights and KV; auto is float32 on cpu, the checkpoint's on cuda")
-    max_model_len: int = setting(0, "tokens of prompt and output together [0: what the model allows]", minimum=0)
+    max_model_len: int = setting(
+        0, "tokens of prompt and output together [0: what the model allows]", minimum=0
+    )
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """How a worker batches and how much KV it keeps."""
 
-    block_size: int = setting(0, "tokens per KV block, a power of two [0: what the backend prefers, 16 on cpu]", minimum=0)
+    block_size: int = setting(
+        0, "tokens per KV block, a power of two [0: what the backend prefers, 16 on cpu]", minimum=0
+    )
     kv_blocks: int = setting(0, "KV blocks in the pool [0: from --kv-bytes]", minimum=0)
-    kv_bytes: int = setting(0, "bytes of KV pool [0: an eighth of free memory on cpu, 85 % of the rest on cuda]", minimum=0)
+    kv_bytes: int = setting(
+        0, "bytes of KV pool [0: an eighth of free memory on cpu, 85 % of the rest on cuda]", minimum=0
+    )
     max_batch_tokens: int = setting(512, "tokens computed per engine step at most", minimum=16)
     max_batch_requests: int = setting(64, "requests decoded per engine step at most", minimum=1)
     max_waiting: int = setting(1024, "requests a worker queues before it refuses more", minimum=1)
@@ -72,7 +78,9 @@ class WorkerSettings:
     transfer: Literal["nixl", "inprocess"] = setting(
         "nixl", "how KV moves; inprocess works within one process only, for platforms without NIXL"
     )
-    drain_timeout_s: float = setting(30.0, "seconds a stopping worker lets running requests finish", minimum=0)
+    drain_timeout_s: float = setting(
+        30.0, "seconds a stopping worker lets running requests finish", minimum=0
+    )
     handoff_timeout_s: float = setting(120.0, "seconds a handoff may wait for its next message", minimum=0.1)
 
 
@@ -82,7 +90,9 @@ class RouterSettings:
 
     host: str = setting("127.0.0.1", "address the router listens on")
     port: int = setting(8000, "HTTP port (OpenAI API, health, metrics)", minimum=0, maximum=65535)
-    grpc_port: int = setting(50051, "gRPC port (baton.v1.Inference) [0: any free one]", minimum=0, maximum=65535)
+    grpc_port: int = setting(
+        50051, "gRPC port (baton.v1.Inference) [0: any free one]", minimum=0, maximum=65535
+    )
     policy: PolicyName = setting("prefix", "how requests are placed")
     max_body_bytes: int = setting(8 * 1024 * 1024, "largest request body read", minimum=1024)
     max_running: int = setting(1024, "requests in flight before the router answers 429", minimum=1)
@@ -95,10 +105,19 @@ class KvstoreSettings:
     """The prefix index and worker registry."""
 
     kvstore: str = setting("127.0.0.1:50052", "address of the kvstore (host:port)")
-    kvstore_port: int = setting(50052, "gRPC port the kvstore listens on [0: any free one]", minimum=0, maximum=65535)
+    kvstore_port: int = setting(
+        50052, "gRPC port the kvstore listens on [0: any free one]", minimum=0, maximum=65535
+    )
     kvstore_host: str = setting("127.0.0.1", "address the kvstore listens on")
     redis: str = setting("", "Redis URL for shared state [empty: in the kvstore's memory]")
     worker_ttl_s: float = setting(5.0, "seconds without a beat after which a worker is gone", minimum=0.5)
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """How `baton chat` reaches a running cluster."""
+
+    url: str = setting("http://127.0.0.1:8000", "HTTP address of a running cluster's router")
 
 
 @dataclass(frozen=True)
@@ -107,8 +126,16 @@ class ClusterSettings:
 
     prefill: int = setting(1, "prefill workers", minimum=0)
     decode: int = setting(1, "decode workers", minimum=0)
-    hybrid: int = setting(0, "hybrid workers (given alone, replaces the default 1 prefill + 1 decode)", minimum=0)
+    hybrid: int = setting(
+        0, "hybrid workers (given alone, replaces the default 1 prefill + 1 decode)", minimum=0
+    )
     start_timeout_s: float = setting(120.0, "seconds until every process must be ready", minimum=1)
+    stop_timeout_s: float = setting(
+        10.0,
+        "seconds the router, then the workers, then the kvstore get to stop before they are killed",
+        minimum=0,
+    )
+    keep_logs: bool = setting(False, "keep the log files after a clean stop")
 
 
 @dataclass(frozen=True)
@@ -116,7 +143,9 @@ class ObservabilitySettings:
     """What the processes say about themselves."""
 
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line written")
-    metrics_port: int = setting(0, "HTTP port of /metrics on workers and kvstore [0: any free one]", minimum=0, maximum=65535)
+    metrics_port: int = setting(
+        0, "HTTP port of /metrics on workers and kvstore [0: any free one]", minimum=0, maximum=65535
+    )
 
 
 @dataclass(frozen=True)
@@ -129,8 +158,17 @@ class Settings:
     router: RouterSettings = field(default_factory=RouterSettings)
     kvstore: KvstoreSettings = field(default_factory=KvstoreSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    client: ClientSettings = field(default_factory=ClientSettings)
     observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)
 
+
+PROCESS_SECTIONS: dict[str, tuple[str, ...]] = {
+    "kvstore": ("kvstore", "observability"),
+    "router": ("model", "router", "kvstore", "observability"),
+    "prefill": ("model", "engine", "worker", "kvstore", "observability"),
+    "decode": ("model", "engine", "worker", "kvstore", "observability"),
+}
+"""Which sections each process takes flags for: `@settings_options(*PROCESS_SECTIONS["router"])`."""
 
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in fields(Settings)}  # type: ignore[misc]
 
@@ -194,7 +232,9 @@ def _convert(raw: object, kind: Any, item: Field[Any], source: str) -> object:
     try:
         value = msgspec.convert(raw, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise BadSetting(f"{source}: {raw!r} is not valid for {item.name}: {error}", field=item.name) from error
+        raise BadSetting(
+            f"{source}: {raw!r} is not valid for {item.name}: {error}", field=item.name
+        ) from error
     minimum, maximum = item.metadata["minimum"], item.metadata["maximum"]
     if minimum is not None and value < minimum:
         raise BadSetting(f"{source}: {item.name} must be at least {minimum}, got {value}", field=item.name)

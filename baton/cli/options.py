@@ -1,0 +1,71 @@
+"""How commands get their flags: one click option per setting of baton/config.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import Field
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from baton.config import BadSetting, Effective, declared, flag, resolve, variable
+from baton.errors import BatonError
+
+_EFFECTIVE = "baton.effective"
+_NUMBERS: dict[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT}
+
+
+def settings_options(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a click command a flag for every setting in `sections` of the settings tree.
+
+    The command gets the whole tree, settled, as its keyword argument `settings`::
+
+        @click.command()
+        @settings_options(*PROCESS_SECTIONS["router"])
+        def main(settings: Settings) -> None: ...
+
+    A bad value ends the command with a usage error that names the flag or variable (status 2); any
+    other `BatonError` that leaves the command ends it with its message alone (status 1).
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        names = [item.name for _, item, _ in declared(sections)]
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in names}
+            try:
+                settings, effective = resolve(given)
+                click.get_current_context().meta[_EFFECTIVE] = effective
+                command(settings=settings, **arguments)
+            except BadSetting as error:
+                raise click.UsageError(error.message) from error
+            except BatonError as error:
+                raise click.ClickException(error.message) from error
+
+        decorated: Callable[..., None] = run
+        for _, item, kind in reversed(declared(sections)):
+            decorated = _option(item, kind)(decorated)
+        return decorated
+
+    return decorate
+
+
+def effective_settings() -> list[Effective]:
+    """Every setting of the running command with where its value came from."""
+    found: list[Effective] = click.get_current_context().meta[_EFFECTIVE]
+    return found
+
+
+def _option(item: Field[Any], kind: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    # The default stays None, so that a flag not given leaves the environment's value alone.
+    shown = "nothing" if item.default in ("", None) else item.default
+    text = f"{item.metadata['help']}  [env {variable(item.name)}; default {shown}]"
+    if kind is bool:
+        negative = "--no-" + flag(item.name).removeprefix("--")
+        return click.option(f"{flag(item.name)}/{negative}", item.name, default=None, help=text)
+    choices = click.Choice(get_args(kind)) if get_origin(kind) is Literal else None
+    return click.option(
+        flag(item.name), item.name, type=choices or _NUMBERS.get(kind, click.STRING), help=text
+    )
