@@ -29,6 +29,7 @@ def generate(out: Path) -> None:
                 "protoc",
                 f"-I{PROTOS}",
                 f"-I{include}",
+                f"--plugin=protoc-gen-mypy={Path(sys.executable).parent / 'protoc-gen-mypy'}",
                 f"--python_out={scratch}",
                 f"--mypy_out={scratch}",
                 f"--grpc_python_out={scratch}",

@@ -1,0 +1,23 @@
+"""The `baton` command: one subcommand per file."""
+
+from __future__ import annotations
+
+import click
+
+from baton import __version__
+from baton.cli.config import config
+from baton.cli.run import PROCESS_COMMANDS
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="baton")
+def main() -> None:
+    """Serve large language models with prefill and decode on separate workers."""
+
+
+for command in (config, *PROCESS_COMMANDS):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()
