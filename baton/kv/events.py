@@ -1,0 +1,148 @@
+"""What workers say about the blocks they hold, and whether what they say can be believed in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+
+class Tier(IntEnum):
+    """Where a block lies in a worker, fastest first. The numbers are those on the wire."""
+
+    DEVICE = 1
+    HOST = 2
+    DISK = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The worker now holds these blocks in `tier`. Ids are 16 bytes, parents before children."""
+
+    block_ids: Sequence[bytes]
+    tier: Tier = Tier.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The worker no longer holds these blocks in `tier`."""
+
+    block_ids: Sequence[bytes]
+    tier: Tier = Tier.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """The worker holds nothing in `tier` any more; None is every tier."""
+
+    tier: Tier | None = None
+
+
+Event = Stored | Removed | Cleared
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvents:
+    """One message of one worker: events in the order they happened.
+
+    `sequence` counts 1, 2, 3 ... within an incarnation. A snapshot's events are everything the worker
+    holds as of `sequence`; a snapshot too large for one message goes on in ordinary ones behind it.
+    """
+
+    worker_id: str
+    incarnation: str
+    sequence: int
+    snapshot: bool
+    events: tuple[Event, ...]
+
+    def blocks(self) -> int:
+        """How many block ids the message carries."""
+        return sum(len(event.block_ids) for event in self.events if not isinstance(event, Cleared))
+
+
+class Verdict(Enum):
+    """What to do with a message. See `SequenceGate.admit`."""
+
+    APPLY = "apply"
+    REPLACE = "replace"
+    DUPLICATE = "duplicate"
+    RESYNC = "resync"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a worker's events have been taken."""
+
+    incarnation: str
+    sequence: int
+
+
+class SequenceGate:
+    """Admits each worker's messages in order, once, and never guesses across a gap.
+
+    The kvstore and every replica of its index decide by this same class.
+    """
+
+    def __init__(self) -> None:
+        self._positions: dict[str, Position] = {}
+
+    def admit(self, message: WorkerEvents) -> Verdict:
+        """Say what to do with `message`, and take note of it when it is to be used.
+
+        APPLY: the next one; REPLACE: a snapshot, forget the worker's blocks first; DUPLICATE: already
+        taken; RESYNC: something before it is missing or the incarnation is unknown: ask for a snapshot.
+        """
+        position = self._positions.get(message.worker_id)
+        if message.snapshot:
+            verdict = Verdict.REPLACE
+        elif position is None or position.incarnation != message.incarnation:
+            return Verdict.RESYNC
+        elif message.sequence <= position.sequence:
+            return Verdict.DUPLICATE
+        elif message.sequence == position.sequence + 1:
+            verdict = Verdict.APPLY
+        else:
+            return Verdict.RESYNC
+        self._positions[message.worker_id] = Position(message.incarnation, message.sequence)
+        return verdict
+
+    def position(self, worker_id: str) -> Position | None:
+        """The last message taken from the worker, or None if there was none since `forget`."""
+        return self._positions.get(worker_id)
+
+    def restore(self, worker_id: str, position: Position) -> None:
+        """Go on from a position that was saved together with the worker's blocks."""
+        self._positions[worker_id] = position
+
+    def forget(self, worker_id: str) -> None:
+        """Let the worker's next message be a snapshot."""
+        self._positions.pop(worker_id, None)
+
+
+def snapshot_pieces(
+    worker_id: str, position: Position, held: Mapping[Tier, Sequence[bytes]], piece_blocks: int
+) -> Iterator[WorkerEvents]:
+    """A worker's blocks as messages of at most `piece_blocks` ids that end at `position`.
+
+    The first is a snapshot, the rest follow it in sequence. There is always room below `position` for
+    their numbers: whoever got there took no more than `piece_blocks` ids with each message.
+    """
+    events = [
+        Stored(ids[start : start + piece_blocks], tier)
+        for tier, ids in held.items()
+        for start in range(0, len(ids), piece_blocks)
+    ]
+    pieces: list[list[Event]] = [[]]
+    room = piece_blocks
+    for event in events:
+        ids = event.block_ids
+        if len(ids) > room:
+            pieces[-1].append(Stored(ids[:room], event.tier))
+            pieces.append([])
+            ids, room = ids[room:], piece_blocks
+        if ids:
+            pieces[-1].append(Stored(ids, event.tier))
+            room -= len(ids)
+    first = position.sequence - len(pieces) + 1
+    for index, piece in enumerate(pieces):
+        yield WorkerEvents(worker_id, position.incarnation, first + index, index == 0, tuple(piece))
