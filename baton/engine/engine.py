@@ -1,0 +1,408 @@
+"""The engine loop: one thread that schedules, computes and reports steps, and the calls others make.
+
+One lock guards scheduler and pool. It is held to schedule and to record a step, not to compute it, so
+calls from the worker's event loop return at once. Blocks of a sequence that is in the step being
+computed are never freed before the step ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.engine.sampler import Sampled
+from baton.engine.scheduler import Scheduled, Scheduler
+from baton.engine.sequence import Sequence as Choice
+from baton.engine.sequence import State, Work
+from baton.errors import HandoffFailed
+from baton.kv.events import Event
+from baton.kv.pool import NoFreeBlocks
+from baton.sampling import FinishReason, PositionLogprobs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Pool blocks whose KV is complete; the first is number `first_index` of its chain."""
+
+    first_index: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step brought one sequence. `error` ends it without a finish reason."""
+
+    choice: Choice
+    sampled: Sampled | None = None
+    finish_reason: FinishReason | None = None
+    stopped_by_token_id: bool = False
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    ready: BlockRange | None = None
+    first: bool = False
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the engine is; fields as in the WorkerLoad message."""
+
+    running: int
+    waiting: int
+    queued_tokens: int
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    pinned_blocks: int
+
+
+class StepRunner(Protocol):
+    """What computes a step; see `baton.engine.runner.Runner`."""
+
+    def run(self, batch: Sequence[Scheduled]) -> Sequence[StepResult]: ...
+
+
+class StepResult(Protocol):
+    @property
+    def sampled(self) -> Sampled | None: ...
+
+    @property
+    def prompt_logprobs(self) -> list[PositionLogprobs]: ...
+
+
+class Observer(Protocol):
+    """Whom the engine tells, from its own thread."""
+
+    def outputs(self, outputs: list[Output]) -> None: ...
+
+    def index_changed(self, events: list[Event]) -> None: ...
+
+    def died(self, error: BaseException) -> None: ...
+
+
+@dataclass(eq=False)
+class Reservation:
+    """Blocks of this worker that a handoff reads into.
+
+    `blocks` starts as the cached blocks of the prompt, pinned; `reserve` adds private ones.
+    """
+
+    blocks: list[int]
+    held: int
+    wanted: int = 0
+    granted: Future[None] | None = None
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What ends a generation besides its own parameters."""
+
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+
+
+@dataclass
+class Engine:
+    """Runs sequences until they finish, are cancelled, or the engine stops."""
+
+    scheduler: Scheduler
+    runner: StepRunner
+    observer: Observer
+    stop_rule: Stop
+    steps: int = field(default=0, init=False)
+    computed_tokens: int = field(default=0, init=False)
+    _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
+    _stopping: bool = field(default=False, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _reservations: list[Reservation] = field(default_factory=list, init=False)
+    _asking: deque[Reservation] = field(default_factory=deque, init=False)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the step being computed; sequences are abandoned."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    # ---- sequences ----------------------------------------------------------------------------
+
+    def submit(self, choice: Choice) -> None:
+        """Queue a sequence.
+
+        Raises:
+            PoolTooSmall, Overloaded: see `Scheduler.submit`.
+        """
+        with self._changed:
+            choice.arrived_s = time.monotonic()
+            self.scheduler.submit(choice)
+            self._changed.notify()
+
+    def cancel(self, choice: Choice) -> None:
+        """Take a sequence out and free its blocks, after the running step if it is part of it.
+
+        Also how a reader's lease on finished prefill work ends. Nothing happens if it is finished.
+        """
+        with self._changed:
+            if choice.in_flight:
+                choice.cancelled = True
+            elif choice.state is not State.FINISHED:
+                self.scheduler.release(choice)
+                self._grant()
+                self._changed.notify()
+
+    # ---- blocks for handoffs ------------------------------------------------------------------
+
+    def pin_prefix(self, chain: Sequence[bytes]) -> Reservation:
+        """Pin the leading blocks of `chain` that are cached here."""
+        with self._changed:
+            held = self.scheduler.pool.match(chain)
+            reservation = Reservation(self.scheduler.pool.acquire(chain[:held]), held)
+            self._reservations.append(reservation)
+            return reservation
+
+    def reserve(self, reservation: Reservation, total: int) -> Future[None]:
+        """Extend a reservation to `total` blocks, in the order asked, as soon as they can be had.
+
+        The future fails with HandoffFailed when the blocks can never be had because waiting
+        reservations pin them.
+        """
+        with self._changed:
+            reservation.wanted = total - reservation.held
+            reservation.granted = Future()
+            if reservation.lost:
+                reservation.granted.set_exception(_starved())
+            else:
+                self._asking.append(reservation)
+                self._grant()
+            return reservation.granted
+
+    def adopt(self, reservation: Reservation, choice: Choice) -> None:
+        """Decode a sequence whose context, but for its last token, was read into the reservation."""
+        with self._changed:
+            self._reservations.remove(reservation)
+            self.scheduler.adopt(choice, reservation.blocks, reservation.held)
+            self._publish_index()
+            self._changed.notify()
+
+    def drop(self, reservation: Reservation) -> None:
+        """Give the reservation's blocks back. Nothing may write to them any more."""
+        with self._changed:
+            if reservation not in self._reservations:
+                return
+            self._withdraw(reservation)
+            self._grant()
+            self._changed.notify()
+
+    # ---- what others may know -----------------------------------------------------------------
+
+    def load(self) -> Load:
+        with self._changed:
+            scheduler, pool = self.scheduler, self.scheduler.pool
+            return Load(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting) + len(self._asking),
+                queued_tokens=scheduler.queued_tokens,
+                total_blocks=pool.total_blocks,
+                free_blocks=pool.available,
+                cached_blocks=pool.cached,
+                pinned_blocks=pool.pinned,
+            )
+
+    def shared_ids(self) -> list[bytes]:
+        """Identities of all shareable blocks held, parents first."""
+        with self._changed:
+            return self.scheduler.pool.shared_ids()
+
+    # ---- the loop -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._next_batch()) is not None:
+                self._step(batch)
+        except BaseException as error:
+            log.exception("the engine died")
+            self.observer.died(error)
+
+    def _next_batch(self) -> list[Scheduled] | None:
+        """The next step, when there is one; None when stopping."""
+        with self._changed:
+            while not self._stopping:
+                self.scheduler.admits = not self._asking
+                if batch := self.scheduler.schedule():
+                    now = time.monotonic()
+                    for item in batch:
+                        item.sequence.first_scheduled_s = item.sequence.first_scheduled_s or now
+                    self._publish_index()
+                    early = [Output(s, ready=r) for s in _choices(batch) if (r := _newly_ready(s))]
+                    break
+                self._changed.wait()
+            else:
+                return None
+        if early:
+            self.observer.outputs(early)
+        return batch
+
+    def _step(self, batch: list[Scheduled]) -> None:
+        try:
+            results = self.runner.run(batch)
+        except Exception as error:
+            log.exception("engine step failed; its %d requests end with an error", len(batch))
+            outputs = self._fail(batch, repr(error))
+        else:
+            outputs = self._record(batch, results)
+        if outputs:
+            self.observer.outputs(outputs)
+
+    def _record(self, batch: list[Scheduled], results: Sequence[StepResult]) -> list[Output]:
+        outputs = []
+        with self._changed:
+            self.steps += 1
+            for item, result in zip(batch, results, strict=True):
+                choice, query_len, samples = item.sequence, item.query_len, item.samples
+                self.computed_tokens += query_len
+                self.scheduler.advance(item)
+                choice.prompt_logprobs += result.prompt_logprobs
+                if choice.cancelled:
+                    self.scheduler.release(choice)
+                elif samples and result.sampled is not None:
+                    outputs.append(self._token(choice, result.sampled))
+                elif ready := _newly_ready(choice):
+                    outputs.append(Output(choice, ready=ready))
+            self._publish_index()
+            self._grant()
+        return outputs
+
+    def _token(self, choice: Choice, sampled: Sampled) -> Output:
+        """Append a new token and settle what becomes of its sequence."""
+        first, choice.started = not choice.started, True
+        choice.append(sampled.token_id)
+        by_id = sampled.token_id in choice.sampling.stop_token_ids
+        reason = self._finish_reason(choice, sampled.token_id)
+        ready = None
+        if choice.work is Work.PREFILL:
+            ready = _newly_ready(choice, final=True) if reason is None else None
+            self.scheduler.hold(choice)
+        elif reason is not None:
+            self.scheduler.release(choice)
+        now = time.monotonic()
+        return Output(
+            choice,
+            sampled,
+            reason,
+            stopped_by_token_id=by_id and reason is FinishReason.STOP,
+            prompt_logprobs=tuple(choice.prompt_logprobs) if first else (),
+            ready=ready,
+            first=first,
+            queue_s=choice.first_scheduled_s - choice.arrived_s if first else 0.0,
+            prefill_s=now - choice.first_scheduled_s if first else 0.0,
+        )
+
+    def _finish_reason(self, choice: Choice, token: int) -> FinishReason | None:
+        sampling = choice.sampling
+        if token in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if token in self.stop_rule.eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+        if choice.output_len >= sampling.max_tokens or len(choice.tokens) >= self.stop_rule.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _fail(self, batch: list[Scheduled], error: str) -> list[Output]:
+        with self._changed:
+            for item in batch:
+                choice = item.sequence
+                choice.in_flight = False
+                if choice.work is Work.PREFILL and not choice.cancelled:
+                    self.scheduler.hold(choice)  # a reader may still be reading what was announced
+                else:
+                    self.scheduler.release(choice)
+            self._grant()
+        return [Output(item.sequence, error=error) for item in batch if not item.sequence.cancelled]
+
+    def _publish_index(self) -> None:
+        if events := self.scheduler.pool.take_events():
+            self.observer.index_changed(events)
+
+    # ---- reservations -------------------------------------------------------------------------
+
+    def _grant(self) -> None:
+        """Serve waiting reservations in order, as far as blocks and the batch limit allow."""
+        while self._asking:
+            reservation = self._asking[0]
+            if not self._room_to_decode() or not self._extend(reservation):
+                if self._is_stuck():
+                    self._lose_one()
+                    continue
+                return
+            self._asking.popleft()
+            if reservation.granted is not None:
+                reservation.granted.set_result(None)
+
+    def _extend(self, reservation: Reservation) -> bool:
+        try:
+            reservation.blocks += self.scheduler.pool.allocate(reservation.wanted)
+        except NoFreeBlocks:
+            return False
+        return True
+
+    def _room_to_decode(self) -> bool:
+        reading = sum(r.granted is not None and r.granted.done() for r in self._reservations)
+        return len(self.scheduler.running) + reading < self.scheduler.limits.max_batch_requests
+
+    def _is_stuck(self) -> bool:
+        """Whether nobody but waiting reservations has blocks that could become free."""
+        granted = any(r.granted is not None and r.granted.done() for r in self._reservations)
+        return not self.scheduler.running and not self.scheduler.holding and not granted
+
+    def _lose_one(self) -> None:
+        """Take the pinned blocks of the youngest reservation; its handoff fails and is placed anew."""
+        youngest = next((r for r in reversed(self._reservations) if r.blocks), self._asking[-1])
+        self._withdraw(youngest)
+        youngest.lost = True
+        if youngest.granted is not None:
+            youngest.granted.set_exception(_starved())
+
+    def _withdraw(self, reservation: Reservation) -> None:
+        self._reservations.remove(reservation)
+        if reservation in self._asking:
+            self._asking.remove(reservation)
+        self.scheduler.pool.release(reservation.blocks)
+        reservation.blocks = []
+
+
+def _choices(batch: list[Scheduled]) -> list[Choice]:
+    return [item.sequence for item in batch]
+
+
+def _newly_ready(choice: Choice, *, final: bool = False) -> BlockRange | None:
+    """Blocks of a sequence prefilled for another worker that are complete and were not yet named.
+
+    A request that is known to end with its first token moves no KV.
+    """
+    if choice.work is not Work.PREFILL or choice.output_len + (not final) >= choice.sampling.max_tokens:
+        return None
+    complete = len(choice.blocks) if final else choice.shared
+    if complete <= choice.announced:
+        return None
+    ready = BlockRange(choice.announced, tuple(choice.blocks[choice.announced : complete]))
+    choice.announced = complete
+    return ready
+
+
+def _starved() -> HandoffFailed:
+    return HandoffFailed("no KV blocks for the handoff: waiting requests pin them all; raise --kv-blocks")

@@ -1,0 +1,103 @@
+"""What the engine knows of one choice of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from baton.kv.hashing import extend_chain
+from baton.sampling import PositionLogprobs, Sampling
+
+
+class Work(Enum):
+    """What a sequence is here for."""
+
+    GENERATE = auto()  # prefill if needed, then decode to the end
+    PREFILL = auto()  # prefill and sample one token; the blocks are then read by another worker
+
+
+class State(Enum):
+    WAITING = auto()  # owns no blocks
+    RUNNING = auto()  # owns the blocks of every token it has computed
+    HOLDING = auto()  # finished prefill work: blocks pinned until the reader releases them
+    FINISHED = auto()  # owns no blocks
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A choice being generated. Owned and changed by the engine alone.
+
+    `tokens` is the context so far: prompt, then what was generated (here or before a migration);
+    the first `prompt_len` of them are the prompt. The KV of the first `computed` tokens is in
+    `blocks`; the first `shared` blocks are in the prefix tree. `cached_tokens` is how much of the
+    prompt the cache held when the sequence first ran. The first `announced` blocks are known to the
+    reader of prefill work. `owner` is whom outputs are for; the engine only passes it on.
+    """
+
+    key: int
+    request_id: str
+    tokens: list[int]
+    prompt_len: int
+    sampling: Sampling
+    root: bytes
+    block_size: int
+    work: Work = Work.GENERATE
+    state: State = State.WAITING
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    shared: int = 0
+    cached_tokens: int | None = None
+    in_flight: bool = False
+    cancelled: bool = False
+    arrived_s: float = 0.0
+    first_scheduled_s: float = 0.0
+    announced: int = 0
+    started: bool = False
+    owner: object = None
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    output_counts: dict[int, int] = field(default_factory=dict)
+    _chain: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for token in self.tokens[self.prompt_len :]:
+            self._count(token)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is still to be computed before the next token can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None and self.output_len == 0
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self._count(token)
+
+    def chain(self, full_blocks: int) -> list[bytes]:
+        """Ids of the first `full_blocks` blocks; all their tokens must be known."""
+        known = len(self._chain)
+        if known < full_blocks:
+            parent = self._chain[-1] if self._chain else self.root
+            fresh = self.tokens[known * self.block_size : full_blocks * self.block_size]
+            self._chain += extend_chain(parent, fresh, self.block_size)
+        return self._chain[:full_blocks]
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_size)
+
+    def _count(self, token: int) -> None:
+        self.output_counts[token] = self.output_counts.get(token, 0) + 1
+
+
+def longest_reusable(tokens: Tokens[int], block_size: int) -> int:
+    """Full blocks of `tokens` that may come from the cache: at least one token is always computed,
+    because its logits choose the next one."""
+    return (len(tokens) - 1) // block_size

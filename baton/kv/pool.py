@@ -1,0 +1,184 @@
+"""Who owns each KV block: free list, reference counts, and the prefix tree of shareable blocks.
+
+Blocks are numbers; the bytes live elsewhere. A block is *private* (one owner, no identity), *shared*
+(it has an identity in the prefix tree) or free. A shared block that nobody references stays in the
+tree until its place is needed, and goes leaf first, least recently used first: if the pool holds a
+block of a chain it holds every block before it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from baton.kv.events import Event, Removed, Stored
+
+
+class NoFreeBlocks(Exception):
+    """Fewer blocks are free or evictable than were asked for. Nothing was allocated."""
+
+
+@dataclass(eq=False)
+class _Node:
+    """A shared block's place in the prefix tree."""
+
+    block_id: bytes
+    block: int
+    parent: _Node | None
+    children: int = 0
+    references: int = 0
+    last_used: int = 0
+
+
+@dataclass
+class BlockPool:
+    """The blocks of one worker. Not thread-safe: one owner calls it.
+
+    Every method that takes blocks takes them as pool indices in chain order.
+    """
+
+    total_blocks: int
+    _free: list[int] = field(init=False)
+    _nodes: dict[bytes, _Node] = field(init=False, default_factory=dict)
+    _shared: dict[int, _Node] = field(init=False, default_factory=dict)
+    _leaves: list[tuple[int, int, _Node]] = field(init=False, default_factory=list)
+    _offers: int = field(init=False, default=0)
+    _unreferenced: int = field(init=False, default=0)
+    _clock: int = field(init=False, default=0)
+    _events: list[Event] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.total_blocks - 1, -1, -1))
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` could hand out now: free ones and unreferenced shared ones."""
+        return len(self._free) + self._unreferenced
+
+    @property
+    def cached(self) -> int:
+        """Blocks in the prefix tree."""
+        return len(self._nodes)
+
+    @property
+    def pinned(self) -> int:
+        """Blocks that somebody owns or references."""
+        return self.total_blocks - self.available
+
+    def match(self, chain: Sequence[bytes]) -> int:
+        """How many leading blocks of `chain` the pool holds."""
+        low, high = 0, len(chain)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if chain[middle - 1] in self._nodes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def acquire(self, chain: Sequence[bytes]) -> list[int]:
+        """Reference the blocks of `chain`, all of which the pool must hold (see `match`)."""
+        return [self._reference(self._nodes[block_id]) for block_id in chain]
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` private blocks, evicting unreferenced leaves as needed.
+
+        Raises:
+            NoFreeBlocks: see the class.
+        """
+        if count > self.available:
+            raise NoFreeBlocks(f"{count} KV blocks wanted, {self.available} of {self.total_blocks} available")
+        while len(self._free) < count:
+            self._evict_one()
+        return [self._free.pop() for _ in range(count)]
+
+    def share(self, block: int, block_id: bytes, parent_id: bytes | None) -> int:
+        """Give the private, completely written `block` an identity; return the block to use from now on.
+
+        When the tree already holds `block_id` in another block, the caller's block is freed and the
+        other one, with the same content, is referenced in its place. `parent_id` is the block before,
+        which the caller must reference; None for the first of a chain.
+        """
+        known = self._nodes.get(block_id)
+        if known is not None:
+            self._free.append(block)
+            return self._reference(known)
+        parent = None if parent_id is None else self._nodes[parent_id]
+        if parent is not None:
+            parent.children += 1
+        node = _Node(block_id, block, parent, references=1, last_used=self._clock)
+        self._nodes[block_id] = node
+        self._shared[block] = node
+        self._events.append(Stored(block_id))
+        return block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one reference to each of `blocks`: private ones are free, shared ones stay cached."""
+        self._clock += 1
+        for block in reversed(blocks):
+            node = self._shared.get(block)
+            if node is None:
+                self._free.append(block)
+                continue
+            node.references -= 1
+            node.last_used = self._clock
+            if node.references == 0:
+                self._unreferenced += 1
+                if node.children == 0:
+                    self._offer(node)
+
+    def clear(self) -> None:
+        """Forget every unreferenced shared block."""
+        while self._unreferenced:
+            self._evict_one()
+
+    def shared_ids(self) -> list[bytes]:
+        """Identities of all blocks in the tree, parents before children."""
+        return list(self._nodes)
+
+    def take_events(self) -> list[Event]:
+        """What was stored and removed since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def _reference(self, node: _Node) -> int:
+        if node.references == 0:
+            self._unreferenced -= 1
+        node.references += 1
+        return node.block
+
+    def _offer(self, node: _Node) -> None:
+        if len(self._leaves) > 2 * self.total_blocks + 64:
+            self._leaves = [entry for entry in self._leaves if self._is_current(entry)]
+            heapq.heapify(self._leaves)
+        self._offers += 1
+        heapq.heappush(self._leaves, (node.last_used, self._offers, node))
+
+    def _is_current(self, entry: tuple[int, int, _Node]) -> bool:
+        last_used, _, node = entry
+        return (
+            self._nodes.get(node.block_id) is node
+            and node.references == 0
+            and node.children == 0
+            and node.last_used == last_used
+        )
+
+    def _evict_one(self) -> None:
+        """Remove the least recently used leaf that nobody references.
+
+        Entries of the heap go stale when their node is used again, gets a child or leaves the tree;
+        they are recognised here instead of being searched for then.
+        """
+        while not self._is_current(entry := heapq.heappop(self._leaves)):
+            pass
+        node = entry[2]
+        del self._nodes[node.block_id]
+        del self._shared[node.block]
+        self._unreferenced -= 1
+        self._free.append(node.block)
+        self._events.append(Removed(node.block_id))
+        if node.parent is not None:
+            node.parent.children -= 1
+            if node.parent.children == 0 and node.parent.references == 0:
+                self._offer(node.parent)
