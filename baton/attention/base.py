@@ -62,6 +62,7 @@ class AttentionBackend(ABC):
     """
 
     name: str
+    cache: KvCache
 
     @abstractmethod
     def begin(self, batch: AttentionBatch) -> None:

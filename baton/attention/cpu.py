@@ -1,0 +1,223 @@
+"""Attention on the CPU: paged keys and values, bit for bit independent of batching and chunking.
+
+Keys are visited in tiles that start at multiples of `TILE` in the sequence's own positions, and merged
+with an online softmax. A tile none of whose keys a query may see leaves that query's sums unchanged
+exactly, so it does not matter whether a batch mate made us visit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from baton.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KvCache
+from baton.kv.hashing import KvLayout
+
+PREFERRED_BLOCK_SIZE = 16
+
+_TILE = 256
+_PIECE_ROWS = 256
+_GROUPED_ROWS = 16
+# Products of 5 to 7 rows are cut differently by two threads, and below 4 by one.
+_ROW_MULTIPLE = 4
+# Below every score, yet finite: -inf minus -inf would be NaN.
+_NEVER = -1e30
+
+
+class CpuKvCache(KvCache):
+    """[blocks, layers, 2 (keys, values), kv_heads, block_size, head_dim]."""
+
+    def __init__(self, layout: KvLayout, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.layout, self.total_blocks = layout, shape[0]
+        self._storage = torch.zeros(*shape, dtype=dtype)
+
+    @property
+    def storage(self) -> torch.Tensor:
+        return self._storage
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Up to `_PIECE_ROWS` consecutive queries of one sequence; `row` is the first one's in the batch."""
+
+    row: int
+    rows: int
+    position: int
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One tile of every piece in a group: which block rows to gather, and which keys a query must not see.
+
+    `block_rows` is int64 [pieces * kv_heads * blocks per tile]; `hidden` is bool
+    [pieces, 1, rows, 1, tile], or None when every query sees every key.
+    """
+
+    block_rows: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Pieces of equally many queries, computed as one batch. `batch_rows` is int64 [pieces * padded],
+    the last query of a piece repeated up to `padded`; tiles are per window of the model's layers."""
+
+    pieces: int
+    rows: int
+    padded: int
+    batch_rows: torch.Tensor
+    result_rows: torch.Tensor
+    tiles: dict[int | None, list[_Tile]]
+
+
+class CpuAttention(AttentionBackend):
+    """See the module. Every layer must have the same kv_heads and head_dim."""
+
+    name = "cpu"
+
+    def __init__(self, specs: Sequence[AttentionSpec], cache: CpuKvCache) -> None:
+        self.cache = cache
+        self._specs = tuple(specs)
+        _, self._layers, _, self._kv_heads, self._block_size, self._head_dim = cache.storage.shape
+        self._tile = max(_TILE, self._block_size)
+        self._tile_blocks = self._tile // self._block_size
+        # The pool as rows of one head's part of one block, and as rows of one head's one token.
+        self._block_rows = cache.storage.view(-1, self._block_size * self._head_dim)
+        self._token_rows = cache.storage.view(-1, self._head_dim)
+        self._group_size = self._specs[0].heads // self._kv_heads
+        self._windows = sorted({spec.window for spec in specs}, key=lambda window: window or 0)
+        self._new_rows = torch.empty(0, dtype=torch.int64)
+        self._groups: list[_Group] = []
+
+    def begin(self, batch: AttentionBatch) -> None:
+        pieces, slots, row = [], [], 0
+        for new, context, blocks in zip(
+            batch.query_lens, batch.context_lens, batch.block_tables, strict=True
+        ):
+            positions = torch.arange(context - new, context)
+            table = torch.tensor(blocks, dtype=torch.int64)
+            slots.append(self._token_row(table[positions // self._block_size], positions % self._block_size))
+            for start in range(0, new, _PIECE_ROWS):
+                rows = min(_PIECE_ROWS, new - start)
+                pieces.append(_Piece(row + start, rows, context - new + start, blocks))
+            row += new
+        self._new_rows = torch.cat(slots).flatten()
+        self._groups = [self._group(group) for group in _alike(pieces)]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        spec = self._specs[layer]
+        first = layer * 2 * self._kv_heads
+        keys, values = self._block_rows[first:], self._block_rows[first + self._kv_heads :]
+        token = first * self._block_size
+        self._token_rows[token:].index_copy_(0, self._new_rows, k.reshape(-1, self._head_dim))
+        # An overflow in one request must stay its own: hidden keys weigh 0, and 0 * inf is NaN.
+        finite = v.nan_to_num().reshape(-1, self._head_dim)
+        self._token_rows[token + self._kv_heads * self._block_size :].index_copy_(0, self._new_rows, finite)
+        out = torch.empty(q.shape[0], spec.heads * spec.head_dim, dtype=q.dtype)
+        for group in self._groups:
+            result = self._attend_group(spec, group, q, keys, values)
+            out.index_copy_(0, group.result_rows, result)
+        return out
+
+    def _attend_group(
+        self, spec: AttentionSpec, group: _Group, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """[pieces * rows, heads * head_dim] of one group."""
+        heads, share, dim = self._kv_heads, self._group_size, self._head_dim
+        batch, rows = group.pieces * heads, group.padded * share
+        queries = q.index_select(0, group.batch_rows).view(group.pieces, group.padded, heads, share, dim)
+        queries = queries.transpose(1, 2).reshape(batch, rows, dim)
+        top = torch.full((batch, rows, 1), _NEVER)
+        weight = torch.zeros(batch, rows, 1)
+        total = torch.zeros(batch, rows, dim)
+        for tile in group.tiles[spec.window]:
+            tile_keys = keys.index_select(0, tile.block_rows).view(batch, self._tile, dim)
+            tile_values = values.index_select(0, tile.block_rows).view(batch, self._tile, dim)
+            scores = torch.bmm(queries, tile_keys.transpose(1, 2)).float().mul_(spec.scale)
+            if spec.softcap is not None:
+                scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+            if tile.hidden is not None:
+                shaped = scores.view(group.pieces, heads, group.padded, share, self._tile)
+                shaped.masked_fill_(tile.hidden, -torch.inf)
+            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+            likely = scores.sub_(new_top).exp_()
+            keep = (top - new_top).exp_()
+            weight.mul_(keep).add_(likely.sum(-1, keepdim=True))
+            total.mul_(keep).add_(torch.bmm(likely.to(q.dtype), tile_values))
+            top = new_top
+        mean = total.div_(weight).view(group.pieces, heads, group.padded, share, dim)
+        mean = mean[:, :, : group.rows].transpose(1, 2)
+        return mean.reshape(group.pieces * group.rows, heads * share * dim).to(q.dtype)
+
+    def _token_row(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """[tokens, kv_heads] rows of layer 0's keys in `_token_rows`."""
+        stride = self._layers * 2 * self._kv_heads * self._block_size
+        heads = torch.arange(self._kv_heads) * self._block_size
+        return (blocks * stride + offsets)[:, None] + heads
+
+    def _group(self, pieces: Sequence[_Piece]) -> _Group:
+        rows = pieces[0].rows
+        padded = rows
+        while padded * self._group_size % _ROW_MULTIPLE:
+            padded += 1
+        offsets = torch.arange(padded).clamp(max=rows - 1)
+        first_rows = torch.tensor([piece.row for piece in pieces])
+        return _Group(
+            pieces=len(pieces),
+            rows=rows,
+            padded=padded,
+            batch_rows=(first_rows[:, None] + offsets).flatten(),
+            result_rows=(first_rows[:, None] + torch.arange(rows)).flatten(),
+            tiles={window: self._tiles(pieces, offsets, window) for window in self._windows},
+        )
+
+    def _tiles(self, pieces: Sequence[_Piece], offsets: torch.Tensor, window: int | None) -> list[_Tile]:
+        """The tiles the pieces must visit, the first of each piece together, then the second, ..."""
+        firsts, lasts = [], []
+        for piece in pieces:
+            oldest = 0 if window is None else max(0, piece.position - window + 1)
+            firsts.append(oldest // self._tile)
+            lasts.append((piece.position + piece.rows - 1) // self._tile)
+        count = max(last - first for first, last in zip(firsts, lasts, strict=True)) + 1
+        tables = torch.tensor(
+            [
+                self._table(piece.blocks, first, last, count)
+                for piece, first, last in zip(pieces, firsts, lasts, strict=True)
+            ]
+        ).view(len(pieces), count, 1, self._tile_blocks)
+        heads = torch.arange(self._kv_heads)[:, None]
+        block_rows = tables * (self._layers * 2 * self._kv_heads) + heads
+        start = torch.tensor(firsts) * self._tile
+        positions = torch.tensor([piece.position for piece in pieces])[:, None] + offsets
+        queries = positions[:, None, :, None, None]
+        tiles = []
+        for number in range(count):
+            keys = (start + number * self._tile)[:, None] + torch.arange(self._tile)
+            keys = keys[:, None, None, None, :]
+            hidden = keys > queries
+            if window is not None:
+                hidden |= keys <= queries - window
+            tiles.append(_Tile(block_rows[:, number].flatten(), hidden if bool(hidden.any()) else None))
+        return tiles
+
+    def _table(self, blocks: Sequence[int], first: int, last: int, count: int) -> list[int]:
+        """Ids of the blocks of tiles `first` .. `last`, padded to `count` tiles with the sequence's own."""
+        wanted = list(blocks[first * self._tile_blocks : (last + 1) * self._tile_blocks])
+        return wanted + [blocks[0]] * (count * self._tile_blocks - len(wanted))
+
+
+def _alike(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    """Pieces of few queries grouped by how many; each longer piece alone."""
+    by_rows: dict[int, list[_Piece]] = {}
+    groups = []
+    for piece in pieces:
+        if piece.rows > _GROUPED_ROWS:
+            groups.append([piece])
+        elif piece.rows in by_rows:
+            by_rows[piece.rows].append(piece)
+        else:
+            groups.append(by_rows.setdefault(piece.rows, [piece]))
+    return groups
