@@ -7,6 +7,7 @@ import click
 from baton import __version__
 from baton.cli.config import config
 from baton.cli.run import PROCESS_COMMANDS
+from baton.cli.up import up
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -15,7 +16,7 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (config, *PROCESS_COMMANDS):
+for command in (up, config, *PROCESS_COMMANDS):
     main.add_command(command)
 
 

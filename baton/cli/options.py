@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import Field
 from typing import Any, Literal, get_args, get_origin
 
@@ -16,8 +16,10 @@ _EFFECTIVE = "baton.effective"
 _NUMBERS: dict[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT}
 
 
-def settings_options(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a click command a flag for every setting in `sections` of the settings tree.
+def settings_options(
+    *sections: str, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a click command a flag for every setting in `sections` of the settings tree but `without`.
 
     The command gets the whole tree, settled, as its keyword argument `settings`::
 
@@ -30,11 +32,11 @@ def settings_options(*sections: str) -> Callable[[Callable[..., None]], Callable
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        names = [item.name for _, item, _ in declared(sections)]
+        offered = [(item, kind) for _, item, kind in declared(sections) if item.name not in without]
 
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in names}
+            given = {item.name: arguments.pop(item.name) for item, _ in offered}
             try:
                 settings, effective = resolve(given)
                 click.get_current_context().meta[_EFFECTIVE] = effective
@@ -45,7 +47,7 @@ def settings_options(*sections: str) -> Callable[[Callable[..., None]], Callable
                 raise click.ClickException(error.message) from error
 
         decorated: Callable[..., None] = run
-        for _, item, kind in reversed(declared(sections)):
+        for item, kind in reversed(offered):
             decorated = _option(item, kind)(decorated)
         return decorated
 

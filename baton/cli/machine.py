@@ -1,0 +1,75 @@
+"""How many cores and how much memory may processes of this machine use?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+import psutil
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: the smaller of its affinity and its cgroups' CPU quota, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _own_cgroups("cpu"):
+        quota, period = _cpu_quota(folder)
+        if quota > 0 and period > 0:
+            cores = min(cores, ceil(quota / period))
+    return max(1, cores)
+
+
+def available_bytes() -> int:
+    """Bytes of memory new processes could get: what is free, or less where a cgroup limits it."""
+    available = psutil.virtual_memory().available
+    for folder in _own_cgroups("memory"):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = _number(folder / limit_name), _number(folder / used_name)
+            if limit is not None and used is not None:
+                available = min(available, max(0, limit - used))
+    return int(available)
+
+
+def _own_cgroups(controller: str) -> Iterator[Path]:
+    """Folders of this process's cgroup for `controller` and of its ancestors, version 2 and version 1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root = _CGROUPS
+        elif controller in controllers.split(","):
+            root = _CGROUPS / controllers
+        else:
+            continue
+        # In a container the path may be the host's, which does not exist here: the root then is ours.
+        own = root / path.lstrip("/")
+        yield root
+        while own != root:
+            if own.is_dir():
+                yield own
+            own = own.parent
+
+
+def _cpu_quota(folder: Path) -> tuple[int, int]:
+    """Microseconds of CPU per period and the period; zeros where there is no quota."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return (0, 0) if quota == "max" else (int(quota), int(period))
+    except (OSError, ValueError):
+        return _number(folder / "cpu.cfs_quota_us") or 0, _number(folder / "cpu.cfs_period_us") or 0
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
