@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+from itertools import pairwise
 
 
 class Tier(IntEnum):
@@ -110,6 +111,10 @@ class SequenceGate:
         """The last message taken from the worker, or None if there was none since `forget`."""
         return self._positions.get(worker_id)
 
+    def workers(self) -> list[str]:
+        """The ids of all workers that have a position."""
+        return list(self._positions)
+
     def restore(self, worker_id: str, position: Position) -> None:
         """Go on from a position that was saved together with the worker's blocks."""
         self._positions[worker_id] = position
@@ -119,30 +124,38 @@ class SequenceGate:
         self._positions.pop(worker_id, None)
 
 
+def pack(events: Sequence[Event], max_blocks: int, max_events: int) -> Iterator[tuple[Event, ...]]:
+    """Deal events out to messages, in order, each as full as its two limits allow; an empty one for none."""
+    piece: list[Event] = []
+    room = max_blocks
+    for event in events:
+        if isinstance(event, Cleared):
+            parts: list[Event] = [event]
+        else:
+            cuts = [0, *range(room, len(event.block_ids), max_blocks), len(event.block_ids)]
+            parts = [replace(event, block_ids=event.block_ids[low:high]) for low, high in pairwise(cuts)]
+        for part in parts:
+            blocks = 0 if isinstance(part, Cleared) else len(part.block_ids)
+            if blocks > room or len(piece) == max_events:
+                yield tuple(piece)
+                piece, room = [], max_blocks
+            piece.append(part)
+            room -= blocks
+    yield tuple(piece)
+
+
 def snapshot_pieces(
-    worker_id: str, position: Position, held: Mapping[Tier, Sequence[bytes]], piece_blocks: int
-) -> Iterator[WorkerEvents]:
-    """A worker's blocks as messages of at most `piece_blocks` ids that end at `position`.
+    worker_id: str, position: Position, held: Mapping[Tier, Sequence[bytes]], max_blocks: int
+) -> list[WorkerEvents]:
+    """A worker's blocks as messages of at most `max_blocks` ids that end at `position`.
 
     The first is a snapshot, the rest follow it in sequence. There is always room below `position` for
-    their numbers: whoever got there took no more than `piece_blocks` ids with each message.
+    their numbers: whoever got there took no more than `max_blocks` ids with each message.
     """
-    events = [
-        Stored(ids[start : start + piece_blocks], tier)
-        for tier, ids in held.items()
-        for start in range(0, len(ids), piece_blocks)
-    ]
-    pieces: list[list[Event]] = [[]]
-    room = piece_blocks
-    for event in events:
-        ids = event.block_ids
-        if len(ids) > room:
-            pieces[-1].append(Stored(ids[:room], event.tier))
-            pieces.append([])
-            ids, room = ids[room:], piece_blocks
-        if ids:
-            pieces[-1].append(Stored(ids, event.tier))
-            room -= len(ids)
+    events = [Stored(ids, tier) for tier, ids in held.items()]
+    pieces = list(pack(events, max_blocks, max_events=2 * len(Tier)))
     first = position.sequence - len(pieces) + 1
-    for index, piece in enumerate(pieces):
-        yield WorkerEvents(worker_id, position.incarnation, first + index, index == 0, tuple(piece))
+    return [
+        WorkerEvents(worker_id, position.incarnation, first + index, index == 0, piece)
+        for index, piece in enumerate(pieces)
+    ]

@@ -46,12 +46,19 @@ class PrefixIndex:
         self._advance_sweep(_SWEEP_PER_MESSAGE + _SWEEP_PER_BLOCK * message.blocks())
         return verdict
 
-    def drop(self, worker_id: str, *, keep: str | None = None) -> None:
-        """Forget a worker, unless its blocks are those of the incarnation `keep`."""
+    def drop(self, worker_id: str) -> None:
+        """Forget a worker and its blocks."""
+        self._gate.forget(worker_id)
+        self._retire(worker_id)
+
+    def incarnation(self, worker_id: str) -> str | None:
+        """Whose blocks the replica has under this id, or None."""
         position = self._gate.position(worker_id)
-        if position is not None and position.incarnation != keep:
-            self._gate.forget(worker_id)
-            self._retire(worker_id)
+        return None if position is None else position.incarnation
+
+    def workers(self) -> list[str]:
+        """The ids of all workers the replica knows something of."""
+        return self._gate.workers()
 
     def lookup(self, block_ids: Sequence[bytes]) -> dict[str, int]:
         """How many leading blocks of a chain each worker holds, in any tier; those with none are left out."""

@@ -1,0 +1,91 @@
+"""The kvstore process: `python -m services.kvstore`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import click
+
+from baton.cli.options import settings_options
+from baton.config import PROCESS_SECTIONS, Settings
+from baton.logs import configure
+from baton.rpc.server import Server
+from baton.rpc.v1 import kvstore_pb2_grpc
+from services.kvstore.backend import Backend
+from services.kvstore.memory import MemoryBackend
+from services.kvstore.metrics import Metrics
+from services.kvstore.servicers import PrefixIndexServicer, RegistryServicer
+from services.kvstore.state import ClusterState
+
+log = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    chosen = settings.kvstore
+    metrics = Metrics()
+    backend = _backend(settings, metrics)
+    state = ClusterState(backend)
+    metrics.workers.set_function(lambda: len(state.members))
+    metrics.blocks.set_function(lambda: sum(len(member.holdings) for member in state.members))
+    metrics.subscribers.set_function(lambda: state.subscribers)
+    async with Server() as server:
+        server.add(
+            kvstore_pb2_grpc.add_RegistryServicer_to_server,
+            RegistryServicer(state, chosen.worker_ttl_s),
+            "baton.v1.Registry",
+        )
+        server.add(
+            kvstore_pb2_grpc.add_PrefixIndexServicer_to_server,
+            PrefixIndexServicer(state, metrics),
+            "baton.v1.PrefixIndex",
+        )
+        port = server.bind(chosen.kvstore_host, chosen.kvstore_port, flag="--kvstore-port")
+        metrics_port = metrics.serve(chosen.kvstore_host, settings.observability.metrics_port)
+        state.restore(await backend.load())
+        await server.start()
+        await server.set_serving(True)
+        log.info("ready: gRPC on %s:%d, metrics on port %d", chosen.kvstore_host, port, metrics_port)
+        async with asyncio.TaskGroup() as tasks:
+            helpers = [
+                tasks.create_task(backend.run()),
+                tasks.create_task(_expire(state, chosen.worker_ttl_s)),
+            ]
+            await stop.wait()
+            state.close()
+            await server.stop(0)
+            for helper in helpers:
+                helper.cancel()
+
+
+def _backend(settings: Settings, metrics: Metrics) -> Backend:
+    if not settings.kvstore.redis:
+        return MemoryBackend()
+    from services.kvstore.redis import RedisBackend  # an optional extra, so imported only when asked for
+
+    return RedisBackend(settings.kvstore.redis, metrics)
+
+
+async def _expire(state: ClusterState, ttl_s: float) -> None:
+    """Give the workers of an earlier process their time to join this one."""
+    await asyncio.sleep(ttl_s)
+    state.expire_unconfirmed()
+
+
+@click.command()
+@settings_options(*PROCESS_SECTIONS["kvstore"])
+def main(settings: Settings) -> None:
+    """Serve the worker registry and the prefix index."""
+    configure("kvstore", settings.observability.log_level)
+    asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What the kvstore counts, served as Prometheus text on /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+from baton.config import BadSetting
+
+
+class Metrics:
+    """The kvstore's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.workers = Gauge("baton_kvstore_workers", "Live workers.", registry=self.registry)
+        self.blocks = Gauge(
+            "baton_kvstore_blocks",
+            "Blocks in the index, once per worker that holds them.",
+            registry=self.registry,
+        )
+        self.subscribers = Gauge(
+            "baton_kvstore_subscribers", "Open index subscriptions.", registry=self.registry
+        )
+        self.slow_subscribers = Counter(
+            "baton_kvstore_slow_subscribers",
+            "Subscriptions ended because their reader fell behind.",
+            registry=self.registry,
+        )
+        self.messages = Counter(
+            "baton_kvstore_messages",
+            "Event messages from workers, by what became of them.",
+            ["verdict"],
+            registry=self.registry,
+        )
+        self.redis_up = Gauge(
+            "baton_kvstore_redis_up",
+            "1 while Redis takes writes, 0 while the kvstore goes on without it.",
+            registry=self.registry,
+        )
+        self.redis_failures = Counter(
+            "baton_kvstore_redis_failures", "Rounds of Redis writes that failed.", registry=self.registry
+        )
+        self.redis_blocks = Counter(
+            "baton_kvstore_redis_blocks", "Block entries written to Redis.", registry=self.registry
+        )
+
+    def serve(self, host: str, port: int) -> int:
+        """Serve /metrics from a thread of its own; returns the real port.
+
+        Raises:
+            BadSetting: the port is taken.
+        """
+        try:
+            server, _ = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise BadSetting(
+                f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port",
+                field="metrics_port",
+            ) from error
+        return int(server.server_port)
