@@ -11,6 +11,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 from baton.kv.events import Event, Removed, Stored
 
@@ -46,7 +48,7 @@ class BlockPool:
     _offers: int = field(init=False, default=0)
     _unreferenced: int = field(init=False, default=0)
     _clock: int = field(init=False, default=0)
-    _events: list[Event] = field(init=False, default_factory=list)
+    _changes: list[tuple[bool, bytes]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._free = list(range(self.total_blocks - 1, -1, -1))
@@ -110,7 +112,7 @@ class BlockPool:
         node = _Node(block_id, block, parent, references=1, last_used=self._clock)
         self._nodes[block_id] = node
         self._shared[block] = node
-        self._events.append(Stored(block_id))
+        self._changes.append((True, block_id))
         return block
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -139,8 +141,11 @@ class BlockPool:
 
     def take_events(self) -> list[Event]:
         """What was stored and removed since the last call, in order."""
-        events, self._events = self._events, []
-        return events
+        changes, self._changes = self._changes, []
+        return [
+            Stored(tuple(block_id for _, block_id in run)) if stored else Removed(tuple(block_id for _, block_id in run))
+            for stored, run in groupby(changes, key=itemgetter(0))
+        ]
 
     def _reference(self, node: _Node) -> int:
         if node.references == 0:
@@ -177,7 +182,7 @@ class BlockPool:
         del self._shared[node.block]
         self._unreferenced -= 1
         self._free.append(node.block)
-        self._events.append(Removed(node.block_id))
+        self._changes.append((False, node.block_id))
         if node.parent is not None:
             node.parent.children -= 1
             if node.parent.children == 0 and node.parent.references == 0:

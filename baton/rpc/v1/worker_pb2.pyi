@@ -826,6 +826,7 @@ class StatusResponse(_message.Message):
     KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
     TRANSFER_BACKEND_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     role: Global___Role.ValueType
@@ -842,6 +843,8 @@ class StatusResponse(_message.Message):
     kv_transfer_bytes: _builtins.int
     attention_backend: _builtins.str
     transfer_backend: _builtins.str
+    metrics_address: _builtins.str
+    """host:port that serves /metrics"""
     @_builtins.property
     def load(self) -> Global___WorkerLoad: ...
     @_builtins.property
@@ -863,10 +866,11 @@ class StatusResponse(_message.Message):
         kv_transfer_bytes: _builtins.int = ...,
         attention_backend: _builtins.str = ...,
         transfer_backend: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "draining", b"draining", "handoffs_reading", b"handoffs_reading", "handoffs_serving", b"handoffs_serving", "incarnation", b"incarnation", "kv_transfer_bytes", b"kv_transfer_bytes", "layout", b"layout", "load", b"load", "pinned_blocks", b"pinned_blocks", "role", b"role", "sessions", b"sessions", "tasks", b"tasks", "transfer_backend", b"transfer_backend", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "draining", b"draining", "handoffs_reading", b"handoffs_reading", "handoffs_serving", b"handoffs_serving", "incarnation", b"incarnation", "kv_transfer_bytes", b"kv_transfer_bytes", "layout", b"layout", "load", b"load", "metrics_address", b"metrics_address", "pinned_blocks", b"pinned_blocks", "role", b"role", "sessions", b"sessions", "tasks", b"tasks", "transfer_backend", b"transfer_backend", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,76 @@
+"""How long steps take on this machine: measured at start, given to routers to predict with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from statistics import median
+
+import torch
+
+from baton.engine.runner import Runner
+from baton.engine.scheduler import Scheduled
+from baton.engine.sequence import Sequence
+from baton.kv.pool import BlockPool
+from baton.sampling import Sampling
+
+ROUNDS = 3
+DECODE_CONTEXT = 64
+_BUDGET_S = 2.0
+
+
+def measure_prefill(runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int]) -> dict[int, float]:
+    """Seconds of one prompt against its tokens. Also warms the device up."""
+    return _measure(pool, sizes, lambda size: [_sequence(size, 0, block_size, pool)], runner)
+
+
+def measure_decode(runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int]) -> dict[int, float]:
+    """Seconds of one decode step against the requests in it, each with a short context."""
+
+    def batch(size: int) -> list[Sequence]:
+        return [_sequence(DECODE_CONTEXT, DECODE_CONTEXT - 1, block_size, pool) for _ in range(size)]
+
+    return _measure(pool, sizes, batch, runner)
+
+
+def _measure(
+    pool: BlockPool, sizes: Iterable[int], make: Callable[[int], list[Sequence]], runner: Runner
+) -> dict[int, float]:
+    """Median seconds per size, ascending; stops when the next size would take too long to measure."""
+    curve: dict[int, float] = {}
+    spent_s = 0.0
+    for size in sorted(set(sizes)):
+        if spent_s > _BUDGET_S:
+            break
+        sequences = make(size)
+        if any(not sequence.blocks for sequence in sequences):
+            break  # the pool is smaller than this size
+        rounds = []
+        for _ in range(ROUNDS + 1):
+            started = time.perf_counter()
+            runner.run([Scheduled(sequence, sequence.remaining) for sequence in sequences])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            rounds.append(time.perf_counter() - started)
+        for sequence in sequences:
+            pool.release(sequence.blocks)
+        curve[size] = median(rounds[1:])  # the first one warms up
+        spent_s += sum(rounds)
+    return curve
+
+
+def _sequence(tokens: int, computed: int, block_size: int, pool: BlockPool) -> Sequence:
+    """A made-up sequence with blocks of its own; without blocks when the pool has too few left."""
+    sequence = Sequence(
+        key=0,
+        request_id="measure",
+        tokens=[0] * tokens,
+        prompt_len=tokens,
+        sampling=Sampling(max_tokens=1, temperature=0.0),
+        root=bytes(16),
+        block_size=block_size,
+        computed=computed,
+    )
+    needed = sequence.blocks_for(tokens)
+    sequence.blocks = pool.allocate(needed) if needed <= pool.available else []
+    return sequence

@@ -1,0 +1,84 @@
+"""WorkerAdmin: what a worker says of itself, role changes, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from baton.routing.view import Role
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from baton.worker.convert import load_to
+from baton.worker.layout import layout_to
+from baton.worker.state import WorkerState
+
+ROLES = {
+    worker_pb2.ROLE_PREFILL: Role.PREFILL,
+    worker_pb2.ROLE_DECODE: Role.DECODE,
+    worker_pb2.ROLE_HYBRID: Role.HYBRID,
+}
+ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
+
+
+class AdminService(worker_pb2_grpc.WorkerAdminServicer):
+    """`announce` is called after a change that the registry must know of."""
+
+    def __init__(self, state: WorkerState, announce: Callable[[], None]) -> None:
+        self._state = state
+        self._announce = announce
+
+    async def Status(
+        self, request: worker_pb2.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.StatusResponse:
+        state, load = self._state, self._state.engine.load()
+        return worker_pb2.StatusResponse(
+            worker_id=state.worker_id,
+            incarnation=state.incarnation,
+            role=ROLE_NUMBERS[state.role],
+            draining=state.draining,
+            load=load_to(load),
+            layout=layout_to(state.layout),
+            sessions=state.sessions,
+            handoffs_serving=state.handoffs_serving,
+            handoffs_reading=state.handoffs_reading,
+            pinned_blocks=load.pinned_blocks,
+            tasks=len(asyncio.all_tasks()),
+            kv_transfer_bytes=state.kv_transfer_bytes,
+            attention_backend=state.attention_backend,
+            transfer_backend=state.transfer.describe().transport,
+            metrics_address=state.metrics_address,
+        )
+
+    async def SetRole(
+        self, request: worker_pb2.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.SetRoleResponse:
+        if request.role not in ROLES:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"role: {request.role} is not a role")
+        previous, self._state.role = self._state.role, ROLES[request.role]
+        self._announce()
+        return worker_pb2.SetRoleResponse(previous=ROLE_NUMBERS[previous])
+
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.DrainResponse:
+        return worker_pb2.DrainResponse(unfinished=await drain(self._state, self._announce, request.timeout_s))
+
+
+async def drain(state: WorkerState, announce: Callable[[], None], timeout_s: float) -> int:
+    """Refuse new work and wait until the running work is done; how many requests were left at the end."""
+    state.draining = True
+    announce()
+    try:
+        async with asyncio.timeout(timeout_s):
+            while _unfinished(state):
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        pass
+    return _unfinished(state)
+
+
+def _unfinished(state: WorkerState) -> int:
+    load = state.engine.load()
+    return load.running + load.waiting + state.handoffs_serving + state.handoffs_reading

@@ -1,0 +1,205 @@
+"""The reading side of a handoff: from Begin to KV that may be decoded from.
+
+The stream is the lease. What was read counts only after Released; whatever else ends the stream, the
+blocks are given back unused and the router is asked for another placement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from baton.engine.engine import Reservation
+from baton.engine.sequence import Sequence as Choice
+from baton.engine.sequence import longest_reusable
+from baton.errors import HandoffFailed
+from baton.rpc.v1 import inference_pb2, worker_pb2
+from baton.transfer.base import Transfer
+from baton.worker.convert import forwarded_to
+from baton.worker.metrics import HANDOFFS, KV_TRANSFER_BLOCKS, KV_TRANSFER_BYTES, KV_TRANSFER_SECONDS, PREFILLS
+from baton.worker.peers import Peer, Peers
+from baton.worker.state import WorkerState
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[worker_pb2.RequestOutput], None]
+
+
+class HandoffReader:
+    """Reads prompts' KV from prefill workers into this worker's pool."""
+
+    def __init__(self, state: WorkerState, peers: Peers, timeout_s: float) -> None:
+        self._state = state
+        self._peers = peers
+        self._timeout_s = timeout_s
+        self._complete: dict[Choice, Reservation] = {}
+
+    async def read(self, start: worker_pb2.Start, choice: Choice, send: Send) -> bool:
+        """Bring the KV of the request's context here and `send` its first token on the way.
+
+        Returns True when the request ended with that token. Otherwise the KV is complete, the token
+        is in `choice`, and `adopt` must be called next. Cancelling the call is safe at any point: no
+        block is given back while a read may still write to it.
+
+        Raises:
+            HandoffFailed: nothing was kept; the token may have been sent.
+        """
+        state = self._state
+        state.handoffs_reading += 1
+        chain = choice.chain(longest_reusable(choice.tokens, choice.block_size))
+        reservation = state.engine.pin_prefix([] if choice.wants_prompt_logprobs else chain)
+        outcome = "cancelled"
+        try:
+            peer = await self._peers.get(start.prefill_address, start.prefill_incarnation)
+            exchange = _Exchange(state, peer, start, choice, reservation, send, self._timeout_s)
+            finished = await exchange.run()
+            if not finished:
+                self._complete[choice] = reservation
+            outcome = "released"
+            return finished
+        except HandoffFailed as error:
+            outcome = "failed"
+            log.warning("request %s: %s", start.request_id, error.message)
+            raise
+        finally:
+            state.handoffs_reading -= 1
+            HANDOFFS.labels(outcome).inc()
+            if choice not in self._complete:
+                state.engine.drop(reservation)
+
+    def adopt(self, choice: Choice) -> None:
+        """Start decoding a choice whose `read` completed."""
+        self._state.engine.adopt(self._complete.pop(choice), choice)
+
+
+@dataclass
+class _Exchange:
+    """One Handoff stream, as seen by the reader."""
+
+    state: WorkerState
+    peer: Peer
+    start: worker_pb2.Start
+    choice: Choice
+    reservation: Reservation
+    send: Send
+    timeout_s: float
+
+    async def run(self) -> bool:
+        call = self.peer.stub.Handoff()
+        ready: asyncio.Queue[worker_pb2.BlocksReady] = asyncio.Queue()
+        try:
+            await call.write(worker_pb2.HandoffRequest(begin=self._begin()))
+            async with asyncio.TaskGroup() as tasks:
+                reading = tasks.create_task(self._read_blocks(ready))
+                finished = await self._receive(call, ready)
+                if finished:
+                    reading.cancel()
+                    return True
+                await reading
+                await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
+                if (await self._next(call)).WhichOneof("message") != "released":
+                    raise HandoffFailed(f"{self.peer} answered Done with something other than Released")
+            return False
+        except grpc.aio.AioRpcError as error:
+            raise HandoffFailed(f"{self.peer}: {error.code().name}: {error.details()}") from error
+        except ExceptionGroup as group:
+            raise _first_failure(group, self.peer) from group
+        finally:
+            call.cancel()
+
+    async def _receive(
+        self,
+        call: grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse],
+        ready: asyncio.Queue[worker_pb2.BlocksReady],
+    ) -> bool:
+        """Take messages up to the last BlocksReady; True when the first token ended the request."""
+        while True:
+            response = await self._next(call)
+            match response.WhichOneof("message"):
+                case "first_token":
+                    first = response.first_token
+                    self.send(forwarded_to(self.start.key, first))
+                    PREFILLS.labels("remote").inc()
+                    if first.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED:
+                        return True
+                    self.choice.append(first.token_id)
+                    self.choice.started = True
+                case "blocks_ready":
+                    ready.put_nowait(response.blocks_ready)
+                    if response.blocks_ready.last:
+                        return False
+                case other:
+                    raise HandoffFailed(f"{self.peer} sent {other} before the blocks were done")
+
+    async def _read_blocks(self, ready: asyncio.Queue[worker_pb2.BlocksReady]) -> None:
+        """Read every announced range into blocks that are allocated when the first one arrives."""
+        expected = self.reservation.held
+        total = self.choice.blocks_for(len(self.choice.tokens))
+        while True:
+            message = await ready.get()
+            if message.first_index != expected or expected + len(message.block_ids) > total:
+                raise HandoffFailed(
+                    f"{self.peer} announced blocks {message.first_index}..+{len(message.block_ids)} where "
+                    f"{expected} of {total} were next"
+                )
+            if message.block_ids:
+                if self.reservation.granted is None:
+                    granted = asyncio.wrap_future(self.state.engine.reserve(self.reservation, total))
+                    await asyncio.wait_for(granted, self.timeout_s)
+                await self._read(message)
+                expected += len(message.block_ids)
+            if message.last:
+                if expected != total:
+                    raise HandoffFailed(f"{self.peer} announced {expected} of {total} blocks")
+                return
+
+    async def _read(self, message: worker_pb2.BlocksReady) -> None:
+        first = message.first_index
+        destination = self.reservation.blocks[first : first + len(message.block_ids)]
+        transfer: Transfer = self.state.transfer
+        report = await transfer.read(
+            self.peer.agent_name, list(message.block_ids), destination, timeout_s=self.timeout_s
+        )
+        self.state.kv_transfer_bytes += report.bytes
+        KV_TRANSFER_BYTES.inc(report.bytes)
+        KV_TRANSFER_BLOCKS.inc(len(destination))
+        KV_TRANSFER_SECONDS.observe(report.seconds)
+
+    async def _next(
+        self, call: grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]
+    ) -> worker_pb2.HandoffResponse:
+        try:
+            response = await asyncio.wait_for(call.read(), self.timeout_s)
+        except TimeoutError as error:
+            raise HandoffFailed(f"{self.peer} sent nothing for {self.timeout_s:g} s") from error
+        if isinstance(response, worker_pb2.HandoffResponse):
+            return response
+        code, details = await call.code(), await call.details()
+        raise HandoffFailed(f"{self.peer} ended the handoff early: {code.name}: {details}")
+
+    def _begin(self) -> worker_pb2.Begin:
+        return worker_pb2.Begin(
+            request_id=self.start.request_id,
+            incarnation=self.peer.incarnation,
+            prompt_token_ids=self.start.prompt_token_ids,
+            output_token_ids=self.start.output_token_ids,
+            sampling=self.start.sampling,
+            cache_salt=self.start.cache_salt,
+            held_blocks=self.reservation.held,
+        )
+
+
+def _first_failure(group: ExceptionGroup[Exception], peer: Peer) -> HandoffFailed:
+    """What went wrong first, as the one error a handoff fails with."""
+    for error in group.exceptions:
+        if isinstance(error, HandoffFailed):
+            return error
+        if isinstance(error, grpc.aio.AioRpcError):
+            return HandoffFailed(f"{peer}: {error.code().name}: {error.details()}")
+        if isinstance(error, TimeoutError):
+            return HandoffFailed("no KV blocks became free for the handoff in time")
+    return HandoffFailed(f"{peer}: {group.exceptions[0]!r}")

@@ -1,0 +1,127 @@
+"""Kv: the serving side of handoffs. The stream is the lease on the blocks it named."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+import grpc
+
+from baton.engine.engine import Output
+from baton.engine.sequence import Work
+from baton.errors import BatonError, HandoffFailed, Unavailable
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from baton.worker.convert import first_token_to
+from baton.worker.state import WorkerState
+
+log = logging.getLogger(__name__)
+
+HandoffContext = grpc.aio.ServicerContext[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]
+
+
+class KvService(worker_pb2_grpc.KvServicer):
+    """Prefills prompts for other workers and keeps the blocks until each has read them."""
+
+    def __init__(self, state: WorkerState) -> None:
+        self._state = state
+
+    async def Connect(
+        self, request: worker_pb2.ConnectRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ConnectResponse:
+        log.info("%s connects to read KV", request.reader_id)
+        return self._state.transfer.describe().to_proto()
+
+    async def Handoff(
+        self,
+        request_iterator: AsyncIterator[worker_pb2.HandoffRequest],
+        context: HandoffContext,
+    ) -> None:
+        self._state.handoffs_serving += 1
+        try:
+            message = await anext(aiter(request_iterator), None)
+            if message is None or not message.HasField("begin"):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be begin")
+            await self._serve(message.begin, request_iterator, context)
+        except HandoffFailed as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        except BatonError as error:
+            await context.abort(error.grpc_code, error.message)
+        finally:
+            self._state.handoffs_serving -= 1
+
+    async def _serve(
+        self,
+        begin: worker_pb2.Begin,
+        requests: AsyncIterator[worker_pb2.HandoffRequest],
+        context: HandoffContext,
+    ) -> None:
+        """Prefill, announce, wait for Done. However this ends, the blocks are freed after it."""
+        self._check(begin)
+        lease = _Lease()
+        choice = self._state.choice(begin, lease, Work.PREFILL)
+        choice.announced = begin.held_blocks
+        self._state.engine.submit(choice)
+        try:
+            with ExitStack() as serving:
+                announced = False
+                while True:
+                    output = await lease.next()
+                    if output.error:
+                        raise Unavailable(f"prefill failed: {output.error}")
+                    if output.ready is not None and not announced:
+                        announced = True
+                        serving.enter_context(self._state.transfer.serving())
+                    if await _announce(output, context):
+                        break
+                if output.finish_reason is not None:
+                    return
+                message = await anext(aiter(requests), None)
+                if message is None or not message.HasField("done"):
+                    return
+                await context.write(worker_pb2.HandoffResponse(released=worker_pb2.Released()))
+        finally:
+            self._state.engine.cancel(choice)
+
+    def _check(self, begin: worker_pb2.Begin) -> None:
+        state = self._state
+        if begin.incarnation != state.incarnation:
+            _refuse(f"this is incarnation {state.incarnation}, not {begin.incarnation}")
+        if state.draining:
+            raise Unavailable("the worker is draining")
+        if not state.role.prefills_for_others:
+            _refuse(f"worker {state.worker_id} has role {state.role.value} and prefills for nobody else")
+
+
+class _Lease:
+    """Receives the outputs of one handoff's prefill."""
+
+    def __init__(self) -> None:
+        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+
+    def deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self._outputs.put_nowait(output)
+
+    async def next(self) -> Output:
+        return await self._outputs.get()
+
+
+async def _announce(output: Output, context: HandoffContext) -> bool:
+    """Send the first token, then the blocks; True when nothing follows."""
+    if output.sampled is not None:
+        await context.write(worker_pb2.HandoffResponse(first_token=first_token_to(output)))
+    last = output.sampled is not None
+    if output.finish_reason is None and (output.ready is not None or last):
+        ready = worker_pb2.BlocksReady(last=last)
+        if output.ready is not None:
+            ready.first_index = output.ready.first_index
+            ready.block_ids.extend(output.ready.blocks)
+        await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
+    return last
+
+
+def _refuse(message: str) -> NoReturn:
+    raise HandoffFailed(message)

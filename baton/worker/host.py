@@ -1,0 +1,262 @@
+"""One worker process from start to drain: model, pool, engine, services, membership."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from prometheus_client import start_http_server
+
+from baton.attention.base import AttentionBackend
+from baton.attention.select import block_bytes, create_backend, preferred_block_size
+from baton.config import Settings
+from baton.engine.curves import measure_decode, measure_prefill
+from baton.engine.engine import Engine, Stop
+from baton.engine.runner import Runner
+from baton.engine.scheduler import Limits, Scheduler
+from baton.errors import BatonError
+from baton.kv.events import Event, Stored
+from baton.kv.pool import BlockPool
+from baton.model_folder import model_folder
+from baton.models.base import Model
+from baton.models.loader import load_model
+from baton.routing.view import Role
+from baton.rpc.kvstore_client import WorkerMembership
+from baton.rpc.kvstore_watch import ClusterWatch
+from baton.rpc.server import Server
+from baton.rpc.v1 import kvstore_pb2, worker_pb2_grpc
+from baton.transfer import create_transfer
+from baton.worker import metrics
+from baton.worker.admin import ROLE_NUMBERS, AdminService, drain
+from baton.worker.convert import load_to
+from baton.worker.handoff_reader import HandoffReader
+from baton.worker.handoff_server import KvService
+from baton.worker.peers import Peers
+from baton.worker.session import DecodeService
+from baton.worker.sizing import pool_blocks
+from baton.worker.state import Dispatch, ServedModel, WorkerState
+
+log = logging.getLogger(__name__)
+
+PREFILL_SIZES = (16, 64, 128, 256, 512, 1024, 2048)
+DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_LOAD_REPORT_S = 0.1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What start-up builds before the first socket is opened."""
+
+    model: Model
+    attention: AttentionBackend
+    scheduler: Scheduler
+    runner: Runner
+    prefill_curve: dict[int, float]
+    decode_curve: dict[int, float]
+
+
+def load(settings: Settings) -> Loaded:
+    """Load the model, allocate the pool and measure the step times. Takes seconds; blocks.
+
+    Raises:
+        UnsupportedModel: the model cannot be served.
+        BatonError: the pool does not fit.
+    """
+    chosen = settings.engine
+    if settings.model.device == "cuda" and not torch.cuda.is_available():
+        raise BatonError("--device cuda: torch sees no GPU; `baton doctor` says why")
+    torch.set_num_threads(chosen.threads or max(1, len(os.sched_getaffinity(0))))
+    device = torch.device(settings.model.device)
+    model = load_model(
+        model_folder(settings.model.model), settings.model.device, settings.model.dtype, settings.model.max_model_len
+    )
+    block_size = chosen.block_size or preferred_block_size(device)
+    specs = model.attention_specs
+    blocks = pool_blocks(chosen, block_bytes(specs, model.dtype, block_size), device)
+    attention = create_backend(device, model.dtype, specs, blocks, block_size, model.fingerprint)
+    pool = BlockPool(blocks)
+    runner = Runner(model, attention, device)
+    longest = min(chosen.max_batch_tokens, model.config.max_model_len - 1)
+    prefill = measure_prefill(runner, pool, block_size, [s for s in PREFILL_SIZES if s < longest] + [longest])
+    decode = measure_decode(runner, pool, block_size, [s for s in DECODE_SIZES if s <= chosen.max_batch_requests])
+    limits = Limits(chosen.max_batch_tokens, chosen.max_batch_requests, chosen.max_waiting)
+    return Loaded(model, attention, Scheduler(pool, limits), runner, prefill, decode)
+
+
+async def run_worker(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        BatonError: the worker could not start, or its engine died.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loaded = await asyncio.to_thread(load, settings)
+    if stop.is_set():
+        return
+    async with AsyncExitStack() as stack:
+        worker = await Worker.assemble(settings, loaded, stop, stack)
+        await worker.serve(stop)
+        if worker.failure is not None:
+            raise BatonError(f"the engine died: {worker.failure!r}") from worker.failure
+
+
+class Worker:
+    """The assembled parts of one worker process."""
+
+    def __init__(
+        self, settings: Settings, loaded: Loaded, state: WorkerState, membership: WorkerMembership, peers: Peers
+    ) -> None:
+        self.failure: BaseException | None = None
+        self._settings = settings
+        self._loaded = loaded
+        self._state = state
+        self._membership = membership
+        self._peers = peers
+        self._description = kvstore_pb2.Worker()
+
+    @classmethod
+    async def assemble(
+        cls, settings: Settings, loaded: Loaded, stop: asyncio.Event, stack: AsyncExitStack
+    ) -> Worker:
+        """Open sockets and register memory; `stack` closes everything."""
+        incarnation = uuid.uuid4().hex[:12]
+        chosen, model, cache = settings.worker, loaded.model, loaded.attention.cache
+        metrics_server, metrics_thread = start_http_server(
+            settings.observability.metrics_port, addr=chosen.worker_host
+        )
+        stack.callback(metrics_thread.join)
+        stack.callback(metrics_server.shutdown)
+        server = await stack.enter_async_context(Server())
+        port = server.bind(chosen.worker_host, chosen.worker_port, flag="--worker-port")
+        worker_id = chosen.worker_id or f"{chosen.role}-{chosen.worker_host}-{port}"
+        transfer = create_transfer(chosen.transfer, cache.storage, cache.layout, worker_id, incarnation)
+        stack.callback(transfer.close)
+        dispatch = Dispatch(asyncio.get_running_loop())
+        max_model_len = min(model.config.max_model_len, cache.total_blocks * cache.layout.block_size)
+        engine = Engine(
+            loaded.scheduler,
+            loaded.runner,
+            dispatch,
+            Stop(frozenset(model.config.eos_token_ids), max_model_len),
+        )
+        stack.callback(engine.stop)
+        state = WorkerState(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            role=Role(chosen.role),
+            model=ServedModel(
+                settings.model.served_model_name or Path(settings.model.model).name,
+                model.config.vocab_size,
+                max_model_len,
+            ),
+            layout=cache.layout,
+            engine=engine,
+            transfer=transfer,
+            attention_backend=loaded.attention.name,
+            metrics_address=f"{chosen.worker_host}:{metrics_server.server_port}",
+        )
+        peers = Peers(worker_id, transfer)
+        stack.push_async_callback(peers.close)
+
+        async def snapshot() -> Sequence[Event]:
+            return [Stored(engine.shared_ids())]
+
+        description = _describe(state, loaded, f"{chosen.worker_host}:{port}", settings.model.device)
+        membership = WorkerMembership(settings.kvstore.kvstore, description, snapshot)
+        worker = cls(settings, loaded, state, membership, peers)
+        worker._description = description
+
+        def died(error: BaseException) -> None:
+            worker.failure = error
+            stop.set()
+
+        dispatch.connect(membership.publish, died)
+        reader = HandoffReader(state, peers, chosen.handoff_timeout_s)
+        server.add(worker_pb2_grpc.add_DecodeServicer_to_server, DecodeService(state, reader), "baton.v1.Decode")
+        server.add(worker_pb2_grpc.add_KvServicer_to_server, KvService(state), "baton.v1.Kv")
+        admin = AdminService(state, worker.announce)
+        server.add(worker_pb2_grpc.add_WorkerAdminServicer_to_server, admin, "baton.v1.WorkerAdmin")
+        engine.start()
+        await server.start()
+        worker._server = server
+        return worker
+
+    def announce(self) -> None:
+        """Tell the registry what changed in role or draining."""
+        description = kvstore_pb2.Worker()
+        description.CopyFrom(self._description)
+        description.role = ROLE_NUMBERS[self._state.role]
+        self._membership.change(worker=description, draining=self._state.draining)
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Stay in the cluster until `stop`, then drain and leave."""
+        state, chosen = self._state, self._settings.worker
+        watch = ClusterWatch(self._settings.kvstore.kvstore)
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(self._membership.run()),
+                tasks.create_task(watch.run()),
+                tasks.create_task(self._report()),
+            ]
+            await self._server.set_serving(True)
+            log.info(
+                "ready: %s serves %s with %d KV blocks of %d tokens on %s, metrics on %s, attention %s, KV over %s",
+                state.worker_id,
+                state.model.name,
+                state.engine.load().total_blocks,
+                state.layout.block_size,
+                self._description.address,
+                state.metrics_address,
+                state.attention_backend,
+                state.transfer.describe().transport,
+            )
+            await stop.wait()
+            if self.failure is None:
+                unfinished = await drain(state, self.announce, chosen.drain_timeout_s)
+                log.info("drained; %d requests unfinished", unfinished)
+            for task in background:
+                task.cancel()
+
+    async def _report(self) -> None:
+        """Keep the registry and the metrics current with the load."""
+        engine = self._state.engine
+        last = None
+        while True:
+            now = engine.load()
+            if now != last:
+                self._membership.report(load_to(now))
+                metrics.observe(now, engine)
+                last = now
+            await asyncio.sleep(_LOAD_REPORT_S)
+
+
+def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> kvstore_pb2.Worker:
+    """What the registry tells others of this worker."""
+    return kvstore_pb2.Worker(
+        worker_id=state.worker_id,
+        incarnation=state.incarnation,
+        address=address,
+        role=ROLE_NUMBERS[state.role],
+        model=state.model.name,
+        layout=state.layout.to_proto(),
+        max_model_len=state.model.max_model_len,
+        total_blocks=state.engine.load().total_blocks,
+        device=device,
+        prefill_curve=_points(loaded.prefill_curve),
+        decode_curve=_points(loaded.decode_curve),
+    )
+
+
+def _points(curve: dict[int, float]) -> list[kvstore_pb2.CurvePoint]:
+    return [kvstore_pb2.CurvePoint(size=size, seconds=seconds) for size, seconds in sorted(curve.items())]

@@ -1,0 +1,96 @@
+"""Which other workers this one can read from: channels, NIXL agents, warm-up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+import grpc
+
+from baton.errors import HandoffFailed
+from baton.rpc.channels import open_channel
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from baton.transfer.base import PoolDescription, Transfer
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A worker this one has read from and can read from again."""
+
+    address: str
+    incarnation: str
+    agent_name: str
+    channel: grpc.aio.Channel
+    stub: worker_pb2_grpc.KvAsyncStub
+
+    def __str__(self) -> str:
+        return f"worker {self.agent_name} at {self.address}"
+
+
+@dataclass
+class Peers:
+    """Peers by address. Closing it closes their channels."""
+
+    reader_id: str
+    transfer: Transfer
+    _known: dict[str, Peer] = field(default_factory=dict)
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+
+    async def get(self, address: str, incarnation: str) -> Peer:
+        """The worker at `address`, connected and warm; a restarted one replaces its older self.
+
+        Raises:
+            HandoffFailed: it cannot be reached, is another incarnation, or its pool does not fit ours.
+        """
+        async with self._locks.setdefault(address, asyncio.Lock()):
+            known = self._known.get(address)
+            if known is not None and known.incarnation == incarnation:
+                return known
+            if known is not None:
+                await self._disconnect(known)
+            peer = await self._connect(address, incarnation)
+            self._known[address] = peer
+            return peer
+
+    async def forget(self, address: str) -> None:
+        """Drop what is known of a worker that is gone."""
+        async with self._locks.setdefault(address, asyncio.Lock()):
+            if known := self._known.get(address):
+                await self._disconnect(known)
+        self._locks.pop(address, None)
+
+    async def close(self) -> None:
+        for peer in list(self._known.values()):
+            await self._disconnect(peer)
+
+    async def _connect(self, address: str, incarnation: str) -> Peer:
+        channel = open_channel(address)
+        try:
+            stub: worker_pb2_grpc.KvAsyncStub = worker_pb2_grpc.KvStub(channel)  # type: ignore[assignment]
+            description = await stub.Connect(
+                worker_pb2.ConnectRequest(reader_id=self.reader_id), timeout=CONNECT_TIMEOUT_S
+            )
+            if description.incarnation != incarnation:
+                raise HandoffFailed(
+                    f"the worker at {address} is incarnation {description.incarnation}, not {incarnation}: it restarted"
+                )
+            await self.transfer.add_peer(PoolDescription.from_proto(description))
+            await self.transfer.warm_up(description.agent_name)
+        except grpc.aio.AioRpcError as error:
+            await channel.close()
+            raise HandoffFailed(f"cannot reach the worker at {address}: {error.code().name}") from error
+        except BaseException:
+            await channel.close()
+            raise
+        log.info("can read from %s at %s", description.agent_name, address)
+        return Peer(address, incarnation, description.agent_name, channel, stub)
+
+    async def _disconnect(self, peer: Peer) -> None:
+        self._known.pop(peer.address, None)
+        await self.transfer.remove_peer(peer.agent_name)
+        await peer.channel.close()

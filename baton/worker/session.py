@@ -1,0 +1,164 @@
+"""Decode.Session: one router's stream of requests and the step outputs that answer them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from baton.engine.engine import Output
+from baton.engine.sequence import Sequence as Choice
+from baton.engine.sequence import Work
+from baton.errors import BatonError, HandoffFailed, InvalidRequest, Overloaded
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from baton.worker.convert import error_to, load_to, output_to
+from baton.worker.handoff_reader import HandoffReader
+from baton.worker.metrics import PREFILLS
+from baton.worker.state import WorkerState
+
+log = logging.getLogger(__name__)
+
+_ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind], ...] = (
+    (InvalidRequest, worker_pb2.RequestError.INVALID),
+    (Overloaded, worker_pb2.RequestError.OVERLOADED),
+    (HandoffFailed, worker_pb2.RequestError.HANDOFF_FAILED),
+)
+
+
+class DecodeService(worker_pb2_grpc.DecodeServicer):
+    """Serves sessions; each ends with its stream and takes its requests with it."""
+
+    def __init__(self, state: WorkerState, reader: HandoffReader) -> None:
+        self._state = state
+        self._reader = reader
+
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[worker_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> None:
+        session = Session(self._state, self._reader)
+        self._state.sessions += 1
+        try:
+            await session.serve(request_iterator, context)
+        finally:
+            self._state.sessions -= 1
+            session.cancel_all()
+
+
+class Session:
+    """The requests of one router on this worker. Owns their choices and handoff tasks."""
+
+    def __init__(self, state: WorkerState, reader: HandoffReader) -> None:
+        self._state = state
+        self._reader = reader
+        self._keys: dict[Choice, int] = {}
+        self._choices: dict[int, Choice] = {}
+        self._handoffs: dict[int, asyncio.Task[None]] = {}
+        self._outbox: list[worker_pb2.RequestOutput] = []
+        self._filled = asyncio.Event()
+
+    async def serve(
+        self,
+        requests: AsyncIterator[worker_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> None:
+        """Take messages until the router ends the stream."""
+        async with asyncio.TaskGroup() as tasks:
+            writer = tasks.create_task(self._write(context))
+            try:
+                async for message in requests:
+                    match message.WhichOneof("message"):
+                        case "hello":
+                            log.info("session with router %s", message.hello.router_id)
+                        case "start":
+                            self._start(message.start, tasks)
+                        case "cancel":
+                            self._cancel(message.cancel.key)
+            finally:
+                writer.cancel()
+                for task in self._handoffs.values():
+                    task.cancel()
+
+    def deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            key = self._keys.get(output.choice)
+            if key is None:
+                continue  # cancelled while the step ran
+            message = output_to(key, output)
+            if message.HasField("prefill"):
+                PREFILLS.labels(worker_pb2.PrefillReport.Kind.Name(message.prefill.kind).lower()).inc()
+            self._send(message)
+            if output.finish_reason is not None or output.error:
+                self._forget(key)
+
+    def cancel_all(self) -> None:
+        """Free what the session's requests hold; its handoff tasks have ended."""
+        for key in list(self._choices):
+            self._cancel(key)
+
+    def _start(self, start: worker_pb2.Start, tasks: asyncio.TaskGroup) -> None:
+        try:
+            if self._state.draining:
+                self._send(error_to(start.key, worker_pb2.RequestError.DRAINING, "the worker is draining"))
+                return
+            if not self._state.role.decodes:
+                raise HandoffFailed(f"worker {self._state.worker_id} has role prefill and takes no decode work")
+            choice = self._state.choice(start, self, Work.GENERATE)
+            if start.prefill_address:
+                task = tasks.create_task(self._read_prefill(start, choice))
+                self._handoffs[start.key] = task
+            else:
+                self._state.engine.submit(choice)
+                self._remember(start.key, choice)
+        except BatonError as error:
+            self._refuse(start.key, error)
+
+    async def _read_prefill(self, start: worker_pb2.Start, choice: Choice) -> None:
+        """Bring the prompt's KV here, then decode."""
+        try:
+            finished = await self._reader.read(start, choice, self._send)
+            if not finished:
+                self._remember(start.key, choice)
+                self._reader.adopt(choice)
+        except BatonError as error:
+            self._refuse(start.key, error)
+        except Exception as error:
+            log.exception("request %s: handoff failed unexpectedly", start.request_id)
+            self._send(error_to(start.key, worker_pb2.RequestError.INTERNAL, repr(error)))
+        finally:
+            self._handoffs.pop(start.key, None)
+
+    def _remember(self, key: int, choice: Choice) -> None:
+        self._keys[choice] = key
+        self._choices[key] = choice
+
+    def _forget(self, key: int) -> None:
+        self._keys.pop(self._choices.pop(key), None)
+
+    def _cancel(self, key: int) -> None:
+        if task := self._handoffs.get(key):
+            task.cancel()
+        elif choice := self._choices.get(key):
+            self._forget(key)
+            self._state.engine.cancel(choice)
+
+    def _refuse(self, key: int, error: BatonError) -> None:
+        kind = next((k for cls, k in _ERRORS if isinstance(error, cls)), worker_pb2.RequestError.INTERNAL)
+        self._send(error_to(key, kind, error.message))
+
+    def _send(self, output: worker_pb2.RequestOutput) -> None:
+        self._outbox.append(output)
+        self._filled.set()
+
+    async def _write(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Send what has gathered, as one message each time the stream is ready for one."""
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            outputs, self._outbox = self._outbox, []
+            load = load_to(self._state.engine.load())
+            await context.write(worker_pb2.StepOutputs(outputs=outputs, load=load))

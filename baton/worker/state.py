@@ -1,0 +1,114 @@
+"""What the services of one worker share: who it is, what it serves, and how outputs find their owner."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.engine.engine import Engine, Output
+from baton.engine.sequence import Sequence as Choice
+from baton.engine.sequence import Work
+from baton.kv.events import Event
+from baton.kv.hashing import KvLayout
+from baton.routing.view import Role
+from baton.rpc.v1 import worker_pb2
+from baton.transfer.base import Transfer
+from baton.worker.convert import context_from, sampling_from
+
+
+class Owner(Protocol):
+    """Whom a choice's outputs are for."""
+
+    def deliver(self, outputs: list[Output]) -> None:
+        """Take the outputs of one step, on the event loop."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The facts of the model that checking a request needs."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+
+
+@dataclass
+class WorkerState:
+    """One worker process. `role` and `draining` change; the rest is fixed at start."""
+
+    worker_id: str
+    incarnation: str
+    role: Role
+    model: ServedModel
+    layout: KvLayout
+    engine: Engine
+    transfer: Transfer
+    attention_backend: str
+    metrics_address: str
+    draining: bool = False
+    sessions: int = 0
+    handoffs_serving: int = 0
+    handoffs_reading: int = 0
+    kv_transfer_bytes: int = 0
+    _keys: itertools.count[int] = field(default_factory=itertools.count)
+
+    def choice(
+        self,
+        request: worker_pb2.Start | worker_pb2.Begin,
+        owner: Owner,
+        work: Work,
+    ) -> Choice:
+        """The sequence a Start or Begin asks for, checked.
+
+        Raises:
+            InvalidRequest: it can never run; the message names the field.
+        """
+        tokens = context_from(
+            request.prompt_token_ids, request.output_token_ids, self.model.vocab_size, self.model.max_model_len
+        )
+        return Choice(
+            key=next(self._keys),
+            request_id=request.request_id,
+            tokens=tokens,
+            prompt_len=len(request.prompt_token_ids),
+            sampling=sampling_from(request.sampling, self.model.vocab_size),
+            root=self.layout.root(request.cache_salt),
+            block_size=self.layout.block_size,
+            work=work,
+            owner=owner,
+        )
+
+
+class Dispatch:
+    """The engine's observer: carries what happened from the engine's thread to the event loop."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        index_changed: Callable[[Sequence[Event]], None],
+        died: Callable[[BaseException], None],
+    ) -> None:
+        self._loop = loop
+        self._index_changed = index_changed
+        self._died = died
+
+    def outputs(self, outputs: list[Output]) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def index_changed(self, events: list[Event]) -> None:
+        self._index_changed(events)
+
+    def died(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._died, error)
+
+    @staticmethod
+    def _deliver(outputs: list[Output]) -> None:
+        by_owner: dict[Owner, list[Output]] = defaultdict(list)
+        for output in outputs:
+            by_owner[output.choice.owner].append(output)  # type: ignore[index]
+        for owner, owned in by_owner.items():
+            owner.deliver(owned)

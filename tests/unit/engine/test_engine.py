@@ -1,0 +1,274 @@
+"""The engine finishes every request with the right tokens and gives every block back, under any load.
+
+A fake runner stands for the model: the next token is a function of the whole context, so a wrong
+block, a lost token or a bad resume shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.engine.engine import Engine, Output, Stop
+from baton.engine.sampler import Sampled
+from baton.engine.scheduler import Limits, Scheduled, Scheduler
+from baton.engine.sequence import Sequence as Choice
+from baton.engine.sequence import Work
+from baton.errors import Overloaded, PoolTooSmall
+from baton.kv.events import Event
+from baton.kv.pool import BlockPool
+from baton.sampling import FinishReason, Sampling
+
+BLOCK = 4
+VOCAB = 50
+
+
+def next_token(context: Sequence[int]) -> int:
+    return (sum((i + 1) * t for i, t in enumerate(context)) * 31 + len(context)) % VOCAB
+
+
+@dataclass(frozen=True)
+class FakeResult:
+    sampled: Sampled | None
+    prompt_logprobs: list = field(default_factory=list)
+
+
+class FakeModel:
+    """Keeps 'KV' (the token itself) by pool block and computes from that, not from the sequence."""
+
+    def __init__(self, blocks: int) -> None:
+        self.memory = [[-1] * BLOCK for _ in range(blocks)]
+
+    def run(self, batch: Sequence[Scheduled]) -> list[FakeResult]:
+        results = []
+        for item in batch:
+            sequence, start = item.sequence, item.sequence.computed
+            end = start + item.query_len
+            for position in range(start, end):
+                self.memory[sequence.blocks[position // BLOCK]][position % BLOCK] = sequence.tokens[position]
+            context = [self.memory[sequence.blocks[p // BLOCK]][p % BLOCK] for p in range(end)]
+            results.append(FakeResult(Sampled(next_token(context), None) if item.samples else None))
+        return results
+
+
+class Collector:
+    """Gathers outputs and lets a test wait for the end of every choice."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishReason | None] = {}
+        self.errors: dict[int, str] = {}
+        self.ready: dict[int, list[int]] = {}
+        self.changed = threading.Condition()
+
+    def outputs(self, outputs: list[Output]) -> None:
+        with self.changed:
+            for output in outputs:
+                key = output.choice.key
+                if output.ready is not None:
+                    known = self.ready.setdefault(key, [])
+                    assert output.ready.first_index == len(known)
+                    known += output.ready.blocks
+                if output.sampled is not None:
+                    self.tokens.setdefault(key, []).append(output.sampled.token_id)
+                if output.error:
+                    self.errors[key] = output.error
+                if output.finish_reason is not None or output.error:
+                    self.finished[key] = output.finish_reason
+            self.changed.notify_all()
+
+    def index_changed(self, events: list[Event]) -> None: ...
+
+    def died(self, error: BaseException) -> None:
+        raise AssertionError("the engine died") from error
+
+    def wait(self, condition) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout=30)
+
+
+def choice(key: int, prompt: list[int], max_tokens: int, work: Work = Work.GENERATE, **sampling) -> Choice:
+    return Choice(
+        key=key,
+        request_id=str(key),
+        tokens=list(prompt),
+        prompt_len=len(prompt),
+        sampling=Sampling(max_tokens=max_tokens, **sampling),
+        root=bytes(16),
+        block_size=BLOCK,
+        work=work,
+    )
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    context = list(prompt)
+    for _ in range(max_tokens):
+        context.append(next_token(context))
+    return context[len(prompt) :]
+
+
+class Running:
+    """An engine over a fake model, stopped at the end of the block."""
+
+    def __init__(self, blocks: int = 32, limits: Limits = Limits(16, 8, 100), eos: frozenset[int] = frozenset()) -> None:
+        self.pool = BlockPool(blocks)
+        self.model = FakeModel(blocks)
+        self.collector = Collector()
+        self.engine = Engine(Scheduler(self.pool, limits), self.model, self.collector, Stop(eos, 10_000))
+
+    def __enter__(self) -> Running:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.stop()
+
+
+prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(prompts, st.integers(1, 20)), min_size=1, max_size=12), st.integers(13, 40), st.integers(1, 4))
+def test_every_request_gets_its_tokens_whatever_is_preempted(requests, blocks, batch) -> None:
+    with Running(blocks, Limits(16, batch, 100)) as running:
+        for key, (prompt, max_tokens) in enumerate(requests):
+            running.engine.submit(choice(key, prompt, max_tokens))
+        running.collector.wait(lambda: len(running.collector.finished) == len(requests))
+        for key, (prompt, max_tokens) in enumerate(requests):
+            assert running.collector.tokens[key] == expected(prompt, max_tokens)
+        assert running.pool.pinned == 0
+
+
+def test_preemption_happens_and_costs_no_token() -> None:
+    with Running(blocks=12, limits=Limits(64, 8, 100)) as running:
+        for key in range(4):
+            running.engine.submit(choice(key, [key] * 8, 16))
+        running.collector.wait(lambda: len(running.collector.finished) == 4)
+        assert running.engine.scheduler.preemptions > 0
+        assert all(running.collector.tokens[key] == expected([key] * 8, 16) for key in range(4))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(prompts, st.integers(1, 30), st.booleans()), min_size=1, max_size=10))
+def test_cancelled_requests_leave_nothing_behind(requests) -> None:
+    with Running(blocks=24) as running:
+        choices = [choice(key, prompt, max_tokens) for key, (prompt, max_tokens, _) in enumerate(requests)]
+        for one in choices:
+            running.engine.submit(one)
+        for one, (_, _, cancelled) in zip(choices, requests, strict=True):
+            if cancelled:
+                running.engine.cancel(one)
+        kept = [key for key, (_, _, cancelled) in enumerate(requests) if not cancelled]
+        running.collector.wait(lambda: all(key in running.collector.finished for key in kept))
+        for key in kept:
+            assert running.collector.tokens[key] == expected(requests[key][0], requests[key][1])
+    assert running.pool.pinned == 0
+
+
+def test_prefill_work_announces_each_block_once_and_pins_until_released() -> None:
+    with Running(blocks=32, limits=Limits(8, 8, 100)) as running:
+        prompt = [n % 7 for n in range(30)]
+        one = choice(0, prompt, 5, Work.PREFILL)
+        running.engine.submit(one)
+        running.collector.wait(lambda: len(running.collector.ready.get(0, [])) == 8)
+        blocks = running.collector.ready[0]
+        assert running.collector.tokens[0] == expected(prompt, 1)
+        assert [running.model.memory[b // 1][i] for b in blocks for i in range(BLOCK)][:30] == prompt
+        assert running.pool.pinned == 8
+        running.engine.cancel(one)
+        assert running.pool.pinned == 0
+
+
+def test_prefill_that_ends_with_its_first_token_announces_nothing() -> None:
+    with Running() as running:
+        one = choice(0, [1] * 9, 1, Work.PREFILL)
+        running.engine.submit(one)
+        running.collector.wait(lambda: 0 in running.collector.finished)
+        assert running.collector.ready == {}
+        running.engine.cancel(one)
+        assert running.pool.pinned == 0
+
+
+def test_a_handed_over_request_goes_on_where_prefill_ended() -> None:
+    with Running() as source, Running() as target:
+        prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+        lent = choice(0, prompt, 12, Work.PREFILL)
+        source.engine.submit(lent)
+        source.collector.wait(lambda: len(source.collector.ready.get(0, [])) == 3)
+
+        taken = choice(0, prompt, 12)
+        reservation = target.engine.pin_prefix(taken.chain(2))
+        target.engine.reserve(reservation, 3).result(timeout=10)
+        for theirs, ours in zip(source.collector.ready[0], reservation.blocks, strict=True):
+            target.model.memory[ours] = list(source.model.memory[theirs])
+        taken.append(source.collector.tokens[0][0])
+        taken.started = True
+        source.engine.cancel(lent)
+        target.engine.adopt(reservation, taken)
+        target.collector.wait(lambda: 0 in target.collector.finished)
+        assert source.collector.tokens[0] + target.collector.tokens[0] == expected(prompt, 12)
+        assert source.pool.pinned == target.pool.pinned == 0
+
+
+def test_reservations_are_served_in_order_as_blocks_come_free() -> None:
+    with Running(blocks=8) as running:
+        first = running.engine.pin_prefix([])
+        second = running.engine.pin_prefix([])
+        running.engine.reserve(first, 6).result(timeout=10)
+        waiting = running.engine.reserve(second, 6)
+        assert not waiting.done()
+        running.engine.drop(first)
+        waiting.result(timeout=10)
+        running.engine.drop(second)
+        assert running.pool.pinned == 0
+
+
+def test_end_of_sequence_and_stop_tokens() -> None:
+    prompt = [1, 2, 3]
+    tokens = expected(prompt, 6)
+    with Running(eos=frozenset({tokens[3]})) as running:
+        running.engine.submit(choice(0, prompt, 50))
+        running.engine.submit(choice(1, prompt, 50, stop_token_ids=(tokens[1],)))
+        running.engine.submit(choice(2, prompt, 6, ignore_eos=True))
+        running.collector.wait(lambda: len(running.collector.finished) == 3)
+        at = tokens.index(tokens[3])
+        assert running.collector.tokens[0] == tokens[: at + 1]
+        assert running.collector.tokens[1] == tokens[: tokens.index(tokens[1]) + 1]
+        assert running.collector.tokens[2] == tokens
+        assert running.collector.finished == {0: FinishReason.STOP, 1: FinishReason.STOP, 2: FinishReason.LENGTH}
+
+
+def test_a_failing_step_ends_its_requests_and_no_others() -> None:
+    with Running() as running:
+        run = running.model.run
+
+        def fail_once(batch):
+            running.model.run = run
+            raise RuntimeError("device lost")
+
+        running.model.run = fail_once
+        running.engine.submit(choice(0, [1, 2], 4))
+        running.collector.wait(lambda: 0 in running.collector.errors)
+        assert "device lost" in running.collector.errors[0]
+        running.engine.submit(choice(1, [1, 2], 4))
+        running.collector.wait(lambda: 1 in running.collector.finished)
+        assert running.collector.tokens[1] == expected([1, 2], 4)
+        assert running.pool.pinned == 0
+
+
+def test_what_can_never_fit_and_what_does_not_fit_the_queue_is_refused() -> None:
+    with Running(blocks=8, limits=Limits(16, 8, 1)) as running:
+        with pytest.raises(PoolTooSmall, match="needs 10 KV blocks of 4 tokens and the worker has 8"):
+            running.engine.submit(choice(0, [1] * 20, 20))
+        blocked = running.engine.pin_prefix([])
+        running.engine.reserve(blocked, 8).result(timeout=10)
+        running.engine.submit(choice(1, [1] * 8, 4))
+        with pytest.raises(Overloaded):
+            running.engine.submit(choice(2, [1] * 8, 4))
+        running.engine.drop(blocked)
+        running.collector.wait(lambda: 1 in running.collector.finished)
