@@ -19,12 +19,16 @@ DECODE_CONTEXT = 64
 _BUDGET_S = 2.0
 
 
-def measure_prefill(runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int]) -> dict[int, float]:
+def measure_prefill(
+    runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int]
+) -> dict[int, float]:
     """Seconds of one prompt against its tokens. Also warms the device up."""
     return _measure(pool, sizes, lambda size: [_sequence(size, 0, block_size, pool)], runner)
 
 
-def measure_decode(runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int]) -> dict[int, float]:
+def measure_decode(
+    runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int]
+) -> dict[int, float]:
     """Seconds of one decode step against the requests in it, each with a short context."""
 
     def batch(size: int) -> list[Sequence]:

@@ -73,12 +73,18 @@ class Sampler:
                 [samplings[row] for row in drawn],
                 [uniform(samplings[row].seed, len(choices[row].tokens)) for row in drawn],
             )
-            tokens = chosen if everything else tokens.index_copy(0, torch.tensor(drawn, device=tokens.device), chosen)
+            tokens = (
+                chosen
+                if everything
+                else tokens.index_copy(0, torch.tensor(drawn, device=tokens.device), chosen)
+            )
         ids: list[int] = tokens.tolist()
         logprobs: dict[int, PositionLogprobs] = {}
         if raw is not None:
             counts = [samplings[row].logprobs or 0 for row in asked]
-            logprobs = dict(zip(asked, position_logprobs(raw, [ids[row] for row in asked], counts), strict=True))
+            logprobs = dict(
+                zip(asked, position_logprobs(raw, [ids[row] for row in asked], counts), strict=True)
+            )
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(ids)]
 
     def _adjust(self, row: torch.Tensor, choice: Choice) -> None:
@@ -115,7 +121,10 @@ def position_logprobs(
     return [
         PositionLogprobs(
             TokenLogprob(token, value, rank),
-            tuple(TokenLogprob(t, v, r) for r, (t, v) in enumerate(zip(row_ids[:count], row_values[:count], strict=True), 1)),
+            tuple(
+                TokenLogprob(t, v, r)
+                for r, (t, v) in enumerate(zip(row_ids[:count], row_values[:count], strict=True), 1)
+            ),
         )
         for token, value, rank, row_ids, row_values, count in zip(
             chosen,

@@ -112,7 +112,9 @@ class Scheduler:
                 take = min(sequence.remaining, budget)
                 batch.append(Scheduled(sequence, take))
                 budget -= take
-        while self.admits and budget > 0 and self.waiting and len(self.running) < self.limits.max_batch_requests:
+        while (
+            self.admits and budget > 0 and self.waiting and len(self.running) < self.limits.max_batch_requests
+        ):
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break

@@ -10,8 +10,8 @@ import grpc
 
 from baton.routing.view import Role
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from baton.transfer.wire import layout_to_proto
 from baton.worker.convert import load_to
-from baton.worker.layout import layout_to
 from baton.worker.state import WorkerState
 
 ROLES = {
@@ -39,7 +39,7 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
             role=ROLE_NUMBERS[state.role],
             draining=state.draining,
             load=load_to(load),
-            layout=layout_to(state.layout),
+            layout=layout_to_proto(state.layout),
             sessions=state.sessions,
             handoffs_serving=state.handoffs_serving,
             handoffs_reading=state.handoffs_reading,
@@ -63,7 +63,9 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.DrainResponse:
-        return worker_pb2.DrainResponse(unfinished=await drain(self._state, self._announce, request.timeout_s))
+        return worker_pb2.DrainResponse(
+            unfinished=await drain(self._state, self._announce, request.timeout_s)
+        )
 
 
 async def drain(state: WorkerState, announce: Callable[[], None], timeout_s: float) -> int:

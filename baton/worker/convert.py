@@ -66,7 +66,8 @@ def context_from(
     context = [*prompt, *output]
     if len(context) >= max_model_len:
         raise InvalidRequest(
-            f"the context has {len(context)} tokens and the worker takes fewer than {max_model_len}", field="prompt"
+            f"the context has {len(context)} tokens and the worker takes fewer than {max_model_len}",
+            field="prompt",
         )
     _check_ids("prompt", context, vocab_size)
     return context
@@ -74,11 +75,15 @@ def context_from(
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     if ids and max(ids) >= vocab_size:
-        raise InvalidRequest(f"{name}: token id {max(ids)} is not below the vocabulary size {vocab_size}", field=name)
+        raise InvalidRequest(
+            f"{name}: token id {max(ids)} is not below the vocabulary size {vocab_size}", field=name
+        )
 
 
 def logprobs_to(value: PositionLogprobs) -> inference_pb2.PositionLogprobs:
-    return inference_pb2.PositionLogprobs(chosen=_logprob_to(value.chosen), top=[_logprob_to(t) for t in value.top])
+    return inference_pb2.PositionLogprobs(
+        chosen=_logprob_to(value.chosen), top=[_logprob_to(t) for t in value.top]
+    )
 
 
 def _logprob_to(value: TokenLogprob) -> inference_pb2.TokenLogprob:
@@ -140,7 +145,7 @@ def forwarded_to(key: int, first: worker_pb2.FirstToken) -> worker_pb2.RequestOu
     return message
 
 
-def report_to(output: Output, kind: worker_pb2.PrefillReport.Kind) -> worker_pb2.PrefillReport:
+def report_to(output: Output, kind: worker_pb2.PrefillReport.Kind.ValueType) -> worker_pb2.PrefillReport:
     return worker_pb2.PrefillReport(
         kind=kind,
         cached_tokens=output.choice.cached_tokens or 0,
@@ -149,7 +154,7 @@ def report_to(output: Output, kind: worker_pb2.PrefillReport.Kind) -> worker_pb2
     )
 
 
-def _local_kind(output: Output) -> worker_pb2.PrefillReport.Kind:
+def _local_kind(output: Output) -> worker_pb2.PrefillReport.Kind.ValueType:
     choice = output.choice
     if choice.prompt_len - (choice.cached_tokens or 0) <= choice.block_size and choice.cached_tokens:
         return worker_pb2.PrefillReport.CACHED
@@ -167,5 +172,7 @@ def load_to(load: Load) -> worker_pb2.WorkerLoad:
     )
 
 
-def error_to(key: int, kind: worker_pb2.RequestError.Kind, message: str) -> worker_pb2.RequestOutput:
+def error_to(
+    key: int, kind: worker_pb2.RequestError.Kind.ValueType, message: str
+) -> worker_pb2.RequestOutput:
     return worker_pb2.RequestOutput(key=key, error=worker_pb2.RequestError(kind=kind, message=message))

@@ -20,7 +20,13 @@ from baton.errors import HandoffFailed
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.transfer.base import Transfer
 from baton.worker.convert import forwarded_to
-from baton.worker.metrics import HANDOFFS, KV_TRANSFER_BLOCKS, KV_TRANSFER_BYTES, KV_TRANSFER_SECONDS, PREFILLS
+from baton.worker.metrics import (
+    HANDOFFS,
+    KV_TRANSFER_BLOCKS,
+    KV_TRANSFER_BYTES,
+    KV_TRANSFER_SECONDS,
+    PREFILLS,
+)
 from baton.worker.peers import Peer, Peers
 from baton.worker.state import WorkerState
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import grpc
@@ -14,6 +13,7 @@ from baton.engine.engine import Output
 from baton.engine.sequence import Work
 from baton.errors import BatonError, HandoffFailed, Unavailable
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from baton.transfer.wire import description_to_proto
 from baton.worker.convert import first_token_to
 from baton.worker.state import WorkerState
 
@@ -32,7 +32,7 @@ class KvService(worker_pb2_grpc.KvServicer):
         self, request: worker_pb2.ConnectRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.ConnectResponse:
         log.info("%s connects to read KV", request.reader_id)
-        return self._state.transfer.describe().to_proto()
+        return description_to_proto(self._state.transfer.describe())
 
     async def Handoff(
         self,
@@ -65,22 +65,12 @@ class KvService(worker_pb2_grpc.KvServicer):
         choice.announced = begin.held_blocks
         self._state.engine.submit(choice)
         try:
-            with ExitStack() as serving:
-                announced = False
-                while True:
-                    output = await lease.next()
-                    if output.error:
-                        raise Unavailable(f"prefill failed: {output.error}")
-                    if output.ready is not None and not announced:
-                        announced = True
-                        serving.enter_context(self._state.transfer.serving())
-                    if await _announce(output, context):
-                        break
-                if output.finish_reason is not None:
-                    return
-                message = await anext(aiter(requests), None)
-                if message is None or not message.HasField("done"):
-                    return
+            while not await _announce(output := await lease.next(), context):
+                pass
+            if output.finish_reason is not None:
+                return
+            message = await anext(aiter(requests), None)
+            if message is not None and message.HasField("done"):
                 await context.write(worker_pb2.HandoffResponse(released=worker_pb2.Released()))
         finally:
             self._state.engine.cancel(choice)
@@ -110,7 +100,13 @@ class _Lease:
 
 
 async def _announce(output: Output, context: HandoffContext) -> bool:
-    """Send the first token, then the blocks; True when nothing follows."""
+    """Send the first token, then the blocks; True when nothing follows.
+
+    Raises:
+        Unavailable: the prefill failed.
+    """
+    if output.error:
+        raise Unavailable(f"prefill failed: {output.error}")
     if output.sampled is not None:
         await context.write(worker_pb2.HandoffResponse(first_token=first_token_to(output)))
     last = output.sampled is not None

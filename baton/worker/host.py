@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY, start_http_server
 
 from baton.attention.base import AttentionBackend
 from baton.attention.select import block_bytes, create_backend, preferred_block_size
@@ -22,7 +22,7 @@ from baton.engine.curves import measure_decode, measure_prefill
 from baton.engine.engine import Engine, Stop
 from baton.engine.runner import Runner
 from baton.engine.scheduler import Limits, Scheduler
-from baton.errors import BatonError
+from baton.errors import BatonError, HandoffFailed
 from baton.kv.events import Event, Stored
 from baton.kv.pool import BlockPool
 from baton.model_folder import model_folder
@@ -30,15 +30,18 @@ from baton.models.base import Model
 from baton.models.loader import load_model
 from baton.routing.view import Role
 from baton.rpc.kvstore_client import WorkerMembership
-from baton.rpc.kvstore_watch import ClusterWatch
+from baton.rpc.cluster_watch import ClusterWatch
+from baton.rpc.cluster_watch import Peer as KnownWorker
+from baton.rpc.cluster_watch import PeerListener
 from baton.rpc.server import Server
 from baton.rpc.v1 import kvstore_pb2, worker_pb2_grpc
 from baton.transfer import create_transfer
-from baton.worker import metrics
+from baton.transfer.wire import layout_to_proto
 from baton.worker.admin import ROLE_NUMBERS, AdminService, drain
 from baton.worker.convert import load_to
 from baton.worker.handoff_reader import HandoffReader
 from baton.worker.handoff_server import KvService
+from baton.worker.metrics import EngineCollector
 from baton.worker.peers import Peers
 from baton.worker.session import DecodeService
 from baton.worker.sizing import pool_blocks
@@ -76,7 +79,10 @@ def load(settings: Settings) -> Loaded:
     torch.set_num_threads(chosen.threads or max(1, len(os.sched_getaffinity(0))))
     device = torch.device(settings.model.device)
     model = load_model(
-        model_folder(settings.model.model), settings.model.device, settings.model.dtype, settings.model.max_model_len
+        model_folder(settings.model.model),
+        settings.model.device,
+        settings.model.dtype,
+        settings.model.max_model_len,
     )
     block_size = chosen.block_size or preferred_block_size(device)
     specs = model.attention_specs
@@ -86,7 +92,9 @@ def load(settings: Settings) -> Loaded:
     runner = Runner(model, attention, device)
     longest = min(chosen.max_batch_tokens, model.config.max_model_len - 1)
     prefill = measure_prefill(runner, pool, block_size, [s for s in PREFILL_SIZES if s < longest] + [longest])
-    decode = measure_decode(runner, pool, block_size, [s for s in DECODE_SIZES if s <= chosen.max_batch_requests])
+    decode = measure_decode(
+        runner, pool, block_size, [s for s in DECODE_SIZES if s <= chosen.max_batch_requests]
+    )
     limits = Limits(chosen.max_batch_tokens, chosen.max_batch_requests, chosen.max_waiting)
     return Loaded(model, attention, Scheduler(pool, limits), runner, prefill, decode)
 
@@ -115,15 +123,21 @@ class Worker:
     """The assembled parts of one worker process."""
 
     def __init__(
-        self, settings: Settings, loaded: Loaded, state: WorkerState, membership: WorkerMembership, peers: Peers
+        self,
+        settings: Settings,
+        state: WorkerState,
+        membership: WorkerMembership,
+        peers: Peers,
+        description: kvstore_pb2.Worker,
+        server: Server,
     ) -> None:
         self.failure: BaseException | None = None
         self._settings = settings
-        self._loaded = loaded
         self._state = state
         self._membership = membership
         self._peers = peers
-        self._description = kvstore_pb2.Worker()
+        self._description = description
+        self._server = server
 
     @classmethod
     async def assemble(
@@ -174,22 +188,23 @@ class Worker:
 
         description = _describe(state, loaded, f"{chosen.worker_host}:{port}", settings.model.device)
         membership = WorkerMembership(settings.kvstore.kvstore, description, snapshot)
-        worker = cls(settings, loaded, state, membership, peers)
-        worker._description = description
+        worker = cls(settings, state, membership, peers, description, server)
 
         def died(error: BaseException) -> None:
             worker.failure = error
             stop.set()
 
         dispatch.connect(membership.publish, died)
+        REGISTRY.register(EngineCollector(engine))
         reader = HandoffReader(state, peers, chosen.handoff_timeout_s)
-        server.add(worker_pb2_grpc.add_DecodeServicer_to_server, DecodeService(state, reader), "baton.v1.Decode")
+        server.add(
+            worker_pb2_grpc.add_DecodeServicer_to_server, DecodeService(state, reader), "baton.v1.Decode"
+        )
         server.add(worker_pb2_grpc.add_KvServicer_to_server, KvService(state), "baton.v1.Kv")
         admin = AdminService(state, worker.announce)
         server.add(worker_pb2_grpc.add_WorkerAdminServicer_to_server, admin, "baton.v1.WorkerAdmin")
         engine.start()
         await server.start()
-        worker._server = server
         return worker
 
     def announce(self) -> None:
@@ -202,8 +217,13 @@ class Worker:
     async def serve(self, stop: asyncio.Event) -> None:
         """Stay in the cluster until `stop`, then drain and leave."""
         state, chosen = self._state, self._settings.worker
-        watch = ClusterWatch(self._settings.kvstore.kvstore)
+        kvstore = self._settings.kvstore
         async with asyncio.TaskGroup() as tasks:
+            watch = ClusterWatch(
+                kvstore.kvstore,
+                ttl_s=kvstore.worker_ttl_s,
+                listener=_WarmUp(self._peers, state.worker_id, tasks),
+            )
             background = [
                 tasks.create_task(self._membership.run()),
                 tasks.create_task(watch.run()),
@@ -229,16 +249,37 @@ class Worker:
                 task.cancel()
 
     async def _report(self) -> None:
-        """Keep the registry and the metrics current with the load."""
+        """Keep the registry current with the load."""
         engine = self._state.engine
         last = None
         while True:
             now = engine.load()
             if now != last:
                 self._membership.report(load_to(now))
-                metrics.observe(now, engine)
                 last = now
             await asyncio.sleep(_LOAD_REPORT_S)
+
+
+class _WarmUp(PeerListener):
+    """Connects to every worker that prefills for others before the first request needs it."""
+
+    def __init__(self, peers: Peers, own_id: str, tasks: asyncio.TaskGroup) -> None:
+        self._peers = peers
+        self._own_id = own_id
+        self._tasks = tasks
+
+    def worker_added(self, peer: KnownWorker) -> None:
+        if peer.view.worker_id != self._own_id and peer.view.role.prefills_for_others:
+            self._tasks.create_task(self._connect(peer))
+
+    def worker_gone(self, peer: KnownWorker) -> None:
+        self._tasks.create_task(self._peers.forget(peer.view.address, peer.view.incarnation))
+
+    async def _connect(self, peer: KnownWorker) -> None:
+        try:
+            await self._peers.get(peer.view.address, peer.view.incarnation)
+        except HandoffFailed as error:
+            log.warning("cannot read KV from %s yet: %s", peer.view.worker_id, error.message)
 
 
 def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> kvstore_pb2.Worker:
@@ -249,7 +290,7 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         address=address,
         role=ROLE_NUMBERS[state.role],
         model=state.model.name,
-        layout=state.layout.to_proto(),
+        layout=layout_to_proto(state.layout),
         max_model_len=state.model.max_model_len,
         total_blocks=state.engine.load().total_blocks,
         device=device,

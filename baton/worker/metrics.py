@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from collections.abc import Iterator
+
+from prometheus_client import Counter, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from baton.engine.engine import Engine
 
 KV_TRANSFER_BYTES = Counter("baton_kv_transfer_bytes", "Bytes of KV read from other workers")
 KV_TRANSFER_BLOCKS = Counter("baton_kv_transfer_blocks", "Blocks of KV read from other workers")
@@ -13,10 +19,31 @@ KV_TRANSFER_SECONDS = Histogram(
 )
 HANDOFFS = Counter("baton_handoffs", "Handoffs read by this worker, by how they ended", ["outcome"])
 PREFILLS = Counter("baton_prefills", "First tokens produced for requests decoded here, by where", ["kind"])
-PREEMPTIONS = Gauge("baton_preemptions", "Sequences that gave up their blocks and were recomputed")
-STEPS = Gauge("baton_engine_steps", "Engine steps computed")
-COMPUTED_TOKENS = Gauge("baton_engine_computed_tokens", "Tokens whose KV this worker computed")
-RUNNING = Gauge("vllm:num_requests_running", "Requests in the batch")
-WAITING = Gauge("vllm:num_requests_waiting", "Requests not yet admitted")
-KV_USAGE = Gauge("vllm:kv_cache_usage_perc", "Share of KV blocks that a request or handoff names, 0 to 1")
-CACHED_BLOCKS = Gauge("baton_kv_cached_blocks", "Blocks in the prefix tree")
+
+
+class EngineCollector(Collector):
+    """Reads the engine when Prometheus asks, so nothing is counted twice."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, load = self._engine, self._engine.load()
+        counters = {
+            "baton_preemptions": (engine.scheduler.preemptions, "Times a request gave up its blocks"),
+            "baton_engine_steps": (engine.steps, "Engine steps computed"),
+            "baton_engine_computed_tokens": (engine.computed_tokens, "Tokens whose KV was computed here"),
+        }
+        gauges = {
+            "vllm:num_requests_running": (load.running, "Requests in the batch"),
+            "vllm:num_requests_waiting": (load.waiting, "Requests not yet admitted"),
+            "vllm:kv_cache_usage_perc": (
+                load.pinned_blocks / load.total_blocks,
+                "Share of KV blocks that a request or a handoff names, 0 to 1",
+            ),
+            "baton_kv_cached_blocks": (load.cached_blocks, "Blocks in the prefix tree"),
+        }
+        for name, (count, help_text) in counters.items():
+            yield CounterMetricFamily(name, help_text, value=count)
+        for name, (level, help_text) in gauges.items():
+            yield GaugeMetricFamily(name, help_text, value=level)

@@ -11,7 +11,8 @@ import grpc
 from baton.errors import HandoffFailed
 from baton.rpc.channels import open_channel
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
-from baton.transfer.base import PoolDescription, Transfer
+from baton.transfer.base import Transfer
+from baton.transfer.wire import description_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Peer:
     incarnation: str
     agent_name: str
     channel: grpc.aio.Channel
-    stub: worker_pb2_grpc.KvAsyncStub
+    stub: worker_pb2_grpc.KvStub
 
     def __str__(self) -> str:
         return f"worker {self.agent_name} at {self.address}"
@@ -57,12 +58,12 @@ class Peers:
             self._known[address] = peer
             return peer
 
-    async def forget(self, address: str) -> None:
+    async def forget(self, address: str, incarnation: str) -> None:
         """Drop what is known of a worker that is gone."""
         async with self._locks.setdefault(address, asyncio.Lock()):
-            if known := self._known.get(address):
+            known = self._known.get(address)
+            if known is not None and known.incarnation == incarnation:
                 await self._disconnect(known)
-        self._locks.pop(address, None)
 
     async def close(self) -> None:
         for peer in list(self._known.values()):
@@ -71,7 +72,7 @@ class Peers:
     async def _connect(self, address: str, incarnation: str) -> Peer:
         channel = open_channel(address)
         try:
-            stub: worker_pb2_grpc.KvAsyncStub = worker_pb2_grpc.KvStub(channel)  # type: ignore[assignment]
+            stub = worker_pb2_grpc.KvStub(channel)
             description = await stub.Connect(
                 worker_pb2.ConnectRequest(reader_id=self.reader_id), timeout=CONNECT_TIMEOUT_S
             )
@@ -79,13 +80,13 @@ class Peers:
                 raise HandoffFailed(
                     f"the worker at {address} is incarnation {description.incarnation}, not {incarnation}: it restarted"
                 )
-            await self.transfer.add_peer(PoolDescription.from_proto(description))
-            await self.transfer.warm_up(description.agent_name)
+            await self.transfer.add_peer(description_from_proto(description))
+            await self.transfer.warm_up(description.agent_name, CONNECT_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            await channel.close()
+            await channel.close(None)
             raise HandoffFailed(f"cannot reach the worker at {address}: {error.code().name}") from error
         except BaseException:
-            await channel.close()
+            await channel.close(None)
             raise
         log.info("can read from %s at %s", description.agent_name, address)
         return Peer(address, incarnation, description.agent_name, channel, stub)
@@ -93,4 +94,4 @@ class Peers:
     async def _disconnect(self, peer: Peer) -> None:
         self._known.pop(peer.address, None)
         await self.transfer.remove_peer(peer.agent_name)
-        await peer.channel.close()
+        await peer.channel.close(None)

@@ -21,7 +21,7 @@ from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
 
-_ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind], ...] = (
+_ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind.ValueType], ...] = (
     (InvalidRequest, worker_pb2.RequestError.INVALID),
     (Overloaded, worker_pb2.RequestError.OVERLOADED),
     (HandoffFailed, worker_pb2.RequestError.HANDOFF_FAILED),
@@ -106,7 +106,9 @@ class Session:
                 self._send(error_to(start.key, worker_pb2.RequestError.DRAINING, "the worker is draining"))
                 return
             if not self._state.role.decodes:
-                raise HandoffFailed(f"worker {self._state.worker_id} has role prefill and takes no decode work")
+                raise HandoffFailed(
+                    f"worker {self._state.worker_id} has role prefill and takes no decode work"
+                )
             choice = self._state.choice(start, self, Work.GENERATE)
             if start.prefill_address:
                 task = tasks.create_task(self._read_prefill(start, choice))

@@ -68,7 +68,10 @@ class WorkerState:
             InvalidRequest: it can never run; the message names the field.
         """
         tokens = context_from(
-            request.prompt_token_ids, request.output_token_ids, self.model.vocab_size, self.model.max_model_len
+            request.prompt_token_ids,
+            request.output_token_ids,
+            self.model.vocab_size,
+            self.model.max_model_len,
         )
         return Choice(
             key=next(self._keys),
@@ -86,15 +89,16 @@ class WorkerState:
 class Dispatch:
     """The engine's observer: carries what happened from the engine's thread to the event loop."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        index_changed: Callable[[Sequence[Event]], None],
-        died: Callable[[BaseException], None],
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._index_changed = index_changed
-        self._died = died
+        self._index_changed: Callable[[Sequence[Event]], None] = lambda events: None
+        self._died: Callable[[BaseException], None] = lambda error: None
+
+    def connect(
+        self, index_changed: Callable[[Sequence[Event]], None], died: Callable[[BaseException], None]
+    ) -> None:
+        """Set who hears of index events (called on the engine's thread) and of the engine's death."""
+        self._index_changed, self._died = index_changed, died
 
     def outputs(self, outputs: list[Output]) -> None:
         self._loop.call_soon_threadsafe(self._deliver, outputs)

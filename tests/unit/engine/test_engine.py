@@ -26,6 +26,7 @@ from baton.sampling import FinishReason, Sampling
 
 BLOCK = 4
 VOCAB = 50
+LIMITS = Limits(max_batch_tokens=16, max_batch_requests=8, max_waiting=100)
 
 
 def next_token(context: Sequence[int]) -> int:
@@ -115,7 +116,9 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 class Running:
     """An engine over a fake model, stopped at the end of the block."""
 
-    def __init__(self, blocks: int = 32, limits: Limits = Limits(16, 8, 100), eos: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, blocks: int = 32, limits: Limits = LIMITS, eos: frozenset[int] = frozenset()
+    ) -> None:
         self.pool = BlockPool(blocks)
         self.model = FakeModel(blocks)
         self.collector = Collector()
@@ -133,7 +136,11 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(prompts, st.integers(1, 20)), min_size=1, max_size=12), st.integers(13, 40), st.integers(1, 4))
+@given(
+    st.lists(st.tuples(prompts, st.integers(1, 20)), min_size=1, max_size=12),
+    st.integers(13, 40),
+    st.integers(1, 4),
+)
 def test_every_request_gets_its_tokens_whatever_is_preempted(requests, blocks, batch) -> None:
     with Running(blocks, Limits(16, batch, 100)) as running:
         for key, (prompt, max_tokens) in enumerate(requests):
@@ -240,7 +247,11 @@ def test_end_of_sequence_and_stop_tokens() -> None:
         assert running.collector.tokens[0] == tokens[: at + 1]
         assert running.collector.tokens[1] == tokens[: tokens.index(tokens[1]) + 1]
         assert running.collector.tokens[2] == tokens
-        assert running.collector.finished == {0: FinishReason.STOP, 1: FinishReason.STOP, 2: FinishReason.LENGTH}
+        assert running.collector.finished == {
+            0: FinishReason.STOP,
+            1: FinishReason.STOP,
+            2: FinishReason.LENGTH,
+        }
 
 
 def test_a_failing_step_ends_its_requests_and_no_others() -> None:

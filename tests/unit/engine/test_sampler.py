@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from baton.sampling import Sampling
 VOCAB = 40
 
 
-def choice(tokens: list[int] = [0], prompt_len: int | None = None, **sampling) -> Choice:
+def choice(tokens: Sequence[int] = (0,), prompt_len: int | None = None, **sampling) -> Choice:
     return Choice(
         key=0,
         request_id="r",

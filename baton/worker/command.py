@@ -1,0 +1,28 @@
+"""The command line of a worker process."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Literal
+
+import click
+
+from baton.cli.options import effective_settings, settings_options
+from baton.config import PROCESS_SECTIONS, Settings
+from baton.logs import configure
+from baton.worker.host import run_worker
+
+
+def worker_command(role: Literal["prefill", "decode"]) -> click.Command:
+    """The main of a worker that starts in `role` unless --role or its variable says otherwise."""
+
+    @click.command(help=f"Serve a worker that starts in role {role} unless --role says otherwise.")
+    @settings_options(*PROCESS_SECTIONS[role])
+    def main(settings: Settings) -> None:
+        if any(item.name == "role" and item.source == "default" for item in effective_settings()):
+            settings = replace(settings, worker=replace(settings.worker, role=role))
+        configure(settings.worker.worker_id or settings.worker.role, settings.observability.log_level)
+        asyncio.run(run_worker(settings))
+
+    return main

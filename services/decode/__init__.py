@@ -1,0 +1,1 @@
+"""The decode worker: streams tokens, from KV it reads or computes itself."""
