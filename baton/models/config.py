@@ -14,6 +14,7 @@ import msgspec
 from baton.errors import UnsupportedModel
 from baton.models.fields import Fields
 from baton.models.rope_config import read_rope
+from baton.models.windows import FULL
 
 _SHARED: Mapping[str, object] = {
     "hidden_act": "silu",
@@ -162,7 +163,7 @@ def read_config(path: Path, max_model_len: int = 0) -> ModelConfig:
 
 def rope_layer_type(fields: Fields) -> str | None:
     """The kind of layer whose rotary embedding bounds the context; None where all layers share one."""
-    return "full_attention" if fields.text("model_type") == "gemma3_text" else None
+    return FULL if fields.text("model_type") == "gemma3_text" else None
 
 
 def _read_json(file: Path) -> dict[str, object] | None:

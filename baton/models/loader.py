@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from baton.config import Dtype
-from baton.models import llama
+from baton.models import gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from baton.models.base import Model
 from baton.models.config import ModelConfig, read_config, rope_layer_type
 from baton.models.decoder import Decoder
@@ -18,6 +18,14 @@ from baton.models.weights import Weights, fingerprint
 
 _FAMILIES: Mapping[str, Callable[[Parts, str], Decoder]] = {
     "LlamaForCausalLM": llama.build,
+    "MistralForCausalLM": mistral.build,
+    "Qwen2ForCausalLM": qwen2.build,
+    "Qwen3ForCausalLM": qwen3.build,
+    "Gemma2ForCausalLM": gemma2.build,
+    "Gemma3ForCausalLM": gemma3.build,
+    "Phi3ForCausalLM": phi3.build,
+    "MixtralForCausalLM": mixtral.build,
+    "Qwen3MoeForCausalLM": qwen3_moe.build,
 }
 
 

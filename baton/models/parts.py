@@ -112,11 +112,11 @@ class Parts:
     ) -> Decoder:
         """The whole model; `layer` builds the layer of a number.
 
-        Without `lm_head.weight` the head is the embedding, if config.json ties them.
+        Without `lm_head.weight` the head is the embedding, if config.json ties the two.
         """
         config = self.config
         embedding = self.weights.take("model.embed_tokens.weight", config.vocab_size, self.hidden)
-        if config.tied_embeddings:
+        if config.tied_embeddings and "lm_head.weight" not in self.weights:
             head = Linear(embedding)
         else:
             head = self.linear(["lm_head"], (config.vocab_size,), self.hidden)

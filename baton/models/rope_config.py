@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from baton.errors import UnsupportedModel
 from baton.models.fields import Fields
+from baton.models.windows import FULL, SLIDING
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -46,10 +47,9 @@ class RopeConfig:
     def longest(self) -> int:
         """Positions the embedding is made for.
 
-        With linear and yarn scaling that can be more than max_position_embeddings, which model cards
-        tell their users to leave as it was. Dynamic scaling is the identity up to
-        max_position_embeddings and changes every earlier key beyond, which no KV cache survives, so
-        it ends there.
+        With yarn that can be more than max_position_embeddings, which model cards tell their users to
+        leave as it was. Dynamic scaling is the identity up to max_position_embeddings; beyond, it turns
+        every earlier key anew with each token, which no KV cache survives, so it ends there.
         """
         if self.kind == "yarn":
             return max(self.max_positions, int(self.original_max * self.scale))
@@ -72,9 +72,7 @@ def read_rope(config: Fields, head_dim: int, layer_type: str | None = None) -> R
     Raises:
         UnsupportedModel: the type is unknown or a parameter it needs is missing or misshapen.
     """
-    flat = config.inner("rope_parameters")
-    nested = flat.inner(layer_type) if flat is not None and layer_type is not None else None
-    given = nested or flat or config.inner("rope_scaling") or Fields(config.where, {}, {})
+    given = _given(config, layer_type)
     kind = given.given("rope_type") or given.given("type") or "default"
     if config.text("model_type") == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"
@@ -83,15 +81,19 @@ def read_rope(config: Fields, head_dim: int, layer_type: str | None = None) -> R
             f"{config.where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
     theta = given.optional_number("rope_theta")
+    if theta is None:
+        theta = config.number("rope_local_base_freq" if layer_type == SLIDING else "rope_theta")
     partial = given.optional_number("partial_rotary_factor")
     if partial is None:
         partial = config.optional_number("partial_rotary_factor")
+    if partial not in (None, 1.0) and config.text("model_type") != "phi3":
+        raise UnsupportedModel(f"{config.where}: partial_rotary_factor {partial} is not supported here")
     max_positions = config.positive("max_position_embeddings")
     outer = config.optional_integer("original_max_position_embeddings")
     inner = given.optional_integer("original_max_position_embeddings")
     rope = RopeConfig(
         kind=str(kind),
-        theta=theta if theta is not None else config.number("rope_theta"),
+        theta=theta,
         rotary_dim=int(head_dim * (partial if partial is not None else 1.0)),
         max_positions=max_positions,
         original_max=outer or inner or max_positions,
@@ -109,6 +111,16 @@ def read_rope(config: Fields, head_dim: int, layer_type: str | None = None) -> R
     )
     _check(config, rope)
     return rope
+
+
+def _given(config: Fields, layer_type: str | None) -> Fields:
+    """The object with the type and its parameters; empty where nothing but rope_theta is written."""
+    empty = Fields(config.where, {}, {})
+    parameters, scaling = config.inner("rope_parameters"), config.inner("rope_scaling")
+    if layer_type is None:
+        return scaling or parameters or empty
+    nested = parameters.inner(layer_type) if parameters is not None else None
+    return nested or (scaling if layer_type == FULL else None) or empty
 
 
 def _check(config: Fields, rope: RopeConfig) -> None:

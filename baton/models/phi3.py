@@ -1,0 +1,38 @@
+"""Phi-3 and Phi-4-mini: fused projections in the checkpoint, longrope, heads that turn only in part."""
+
+from __future__ import annotations
+
+from baton.models.decoder import Decoder, GatedMlp, Layer, SelfAttention
+from baton.models.parts import Parts
+
+
+def build(parts: Parts, fingerprint: str) -> Decoder:
+    fields, hidden = parts.config.fields, parts.hidden
+    rotary, activation = parts.rotary(), parts.activation()
+    spec = parts.spec(window=fields.optional_integer("sliding_window"))
+    wide = spec.heads * spec.head_dim
+    inner = fields.positive("intermediate_size")
+
+    def layer(number: int) -> Layer:
+        prefix = f"model.layers.{number}"
+        attention = SelfAttention(
+            spec=spec,
+            rotary=rotary,
+            qkv=parts.linear(
+                [f"{prefix}.self_attn.qkv_proj"], (wide + 2 * spec.kv_heads * spec.head_dim,), hidden
+            ),
+            out=parts.linear([f"{prefix}.self_attn.o_proj"], (hidden,), wide),
+        )
+        mlp = GatedMlp(
+            gate_up=parts.linear([f"{prefix}.mlp.gate_up_proj"], (2 * inner,), hidden),
+            down=parts.linear([f"{prefix}.mlp.down_proj"], (hidden,), inner),
+            activation=activation,
+        )
+        return Layer(
+            attention_norm=parts.norm(f"{prefix}.input_layernorm"),
+            attention=attention,
+            mlp_norm=parts.norm(f"{prefix}.post_attention_layernorm"),
+            mlp=mlp,
+        )
+
+    return parts.decoder(layer, fingerprint)

@@ -1,0 +1,31 @@
+"""Qwen3: each query and key head is normed before it turns; upper layers may slide."""
+
+from __future__ import annotations
+
+from baton.models.decoder import Decoder, Layer
+from baton.models.parts import Parts
+from baton.models.windows import qwen_windows
+
+
+def build(parts: Parts, fingerprint: str) -> Decoder:
+    fields = parts.config.fields
+    rotary, activation, windows = parts.rotary(), parts.activation(), qwen_windows(fields)
+    bias = fields.flag("attention_bias")
+
+    def layer(number: int) -> Layer:
+        prefix = f"model.layers.{number}"
+        return Layer(
+            attention_norm=parts.norm(f"{prefix}.input_layernorm"),
+            attention=parts.attention(
+                f"{prefix}.self_attn",
+                parts.spec(window=windows[number]),
+                rotary,
+                qkv_bias=bias,
+                out_bias=bias,
+                head_norm=parts.norm,
+            ),
+            mlp_norm=parts.norm(f"{prefix}.post_attention_layernorm"),
+            mlp=parts.mlp(f"{prefix}.mlp", activation),
+        )
+
+    return parts.decoder(layer, fingerprint)
