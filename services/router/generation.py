@@ -1,0 +1,40 @@
+"""One choice as the router's parts hand it to each other, whichever front it came through."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from baton.openai.answer import Piece
+from baton.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What is wanted. `stops` are the router's business, the rest of `sampling` the engine's."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What came of the first placement that gave a token.
+
+    `prefill` is remote, local or cached; `prefill_worker` is empty unless it is remote;
+    `cached_tokens` are prompt tokens whose KV was not computed for this request.
+    """
+
+    prefill: str
+    decode_worker: str
+    prefill_worker: str
+    cached_tokens: int
+
+
+Emit = Callable[[Placed, Piece], Awaitable[None]]
+"""Takes one choice's pieces in order; the last one has a finish reason. May wait for a slow client."""

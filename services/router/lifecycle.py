@@ -1,0 +1,285 @@
+"""One choice from its first placement to its last token, across every failure in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from baton.openai.answer import Piece
+from baton.routing.view import Placement, Unplaceable
+from baton.rpc.v1 import inference_pb2, worker_pb2
+from baton.sampling import FinishReason, Sampling
+from baton.text import ChoiceText, Detokenizer, Tokenizer
+from services.router.generation import Emit, Generation, Placed
+from services.router.metrics import Metrics
+from services.router.placement import Hold, Placer
+from services.router.sessions import ClientTooSlow, SessionBroken, SessionPool
+
+log = logging.getLogger(__name__)
+
+# A worker that takes over may still be starting: longer than it takes to notice that one has died.
+_REPLACEMENT_WAIT_S = 15.0
+_RETRY_AFTER_S = 1.0
+
+_FINISHED = {
+    inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    inference_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+}
+_KINDS = {
+    worker_pb2.PrefillReport.REMOTE: "remote",
+    worker_pb2.PrefillReport.LOCAL: "local",
+    worker_pb2.PrefillReport.CACHED: "cached",
+}
+_Error = worker_pb2.RequestError
+
+
+class PlacementFailed(Exception):
+    """A placement ended before its request did; another one may work.
+
+    `avoid` is the worker at fault; `final` is what the client is told when no placement is left.
+    """
+
+    def __init__(self, reason: str, avoid: str, final: BatonError) -> None:
+        super().__init__(f"{reason}: {final.message}")
+        self.reason = reason
+        self.avoid = avoid
+        self.final = final
+
+
+class ClusterChanges:
+    """Lets requests wait until the set of reachable workers changes."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        changed, self._event = self._event, asyncio.Event()
+        changed.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+class Lifecycle:
+    """Runs choices. One per router."""
+
+    def __init__(
+        self,
+        placer: Placer,
+        sessions: SessionPool,
+        changes: ClusterChanges,
+        tokenizer: Tokenizer | None,
+        metrics: Metrics,
+        *,
+        policy: str,
+        max_placements: int,
+    ) -> None:
+        self._placer = placer
+        self._sessions = sessions
+        self._changes = changes
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._policy = policy
+        self._max_placements = max_placements
+
+    async def run(self, generation: Generation, emit: Emit) -> None:
+        """Generate and emit every piece of the choice. Cancelling the caller cancels the work everywhere.
+
+        Raises:
+            InvalidRequest: no worker could ever run it.
+            Overloaded, Unavailable: no worker would take it, or none of `max_placements` finished it.
+        """
+        choice = _Choice(self, generation, emit)
+        avoid: frozenset[str] = frozenset()
+        for left in reversed(range(self._max_placements)):
+            hold = await self._place(generation, choice.output, avoid)
+            try:
+                await choice.follow(hold)
+                return
+            except PlacementFailed as failure:
+                log.warning("request %s: %s", generation.request_id, failure)
+                if left == 0:
+                    raise failure.final from failure
+                self._metrics.replaced(failure.reason)
+                avoid |= {failure.avoid}
+            finally:
+                hold.release()
+
+    async def _place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
+        """A first placement is made now or never; a replacement may wait for the cluster to change."""
+        if not avoid:
+            return self._placer.place(generation, output, avoid)
+        deadline_s = time.monotonic() + _REPLACEMENT_WAIT_S
+        while True:
+            try:
+                return self._placer.place(generation, output, avoid)
+            except Unplaceable as error:
+                unplaceable = error
+            # The worker that failed before may be all there is, and well again.
+            try:
+                return self._placer.place(generation, output, frozenset())
+            except Unplaceable:
+                pass
+            try:
+                async with asyncio.timeout(deadline_s - time.monotonic()):
+                    await self._changes.wait()
+            except TimeoutError:
+                raise unplaceable from None
+
+
+class _Choice:
+    """The state of one choice that outlives its placements."""
+
+    def __init__(self, owner: Lifecycle, generation: Generation, emit: Emit) -> None:
+        self._metrics = owner._metrics
+        self._sessions = owner._sessions
+        self._policy = owner._policy
+        self._generation = generation
+        self._emit = emit
+        detokenizer = Detokenizer.create(
+            owner._tokenizer,
+            generation.prompt_token_ids,
+            skip_special_tokens=generation.skip_special_tokens,
+        )
+        self._text = ChoiceText(
+            detokenizer,
+            stops=generation.stops,
+            include_stop=generation.include_stop,
+            min_tokens=generation.sampling.min_tokens,
+        )
+        self.output: list[int] = []
+        self._placed: Placed | None = None
+        self._prompt_logprobs: list[inference_pb2.PositionLogprobs] = []
+        self._began_s = self._last_s = time.monotonic()
+
+    async def follow(self, hold: Hold) -> None:
+        """Start the rest of the choice where `hold` says, and emit what comes until it ends.
+
+        Raises:
+            PlacementFailed: it ended early.
+        """
+        placement = hold.placement
+        worker_id = placement.decode.worker_id
+        session = self._sessions.connected(worker_id)
+        try:
+            if session is None:
+                raise SessionBroken(f"no session with {worker_id}")
+            with session.start(_start(self._generation, self.output, placement)) as attempt:
+                while True:
+                    for output in await attempt.outputs():
+                        if output.HasField("error"):
+                            raise _failure(output.error, placement)
+                        if output.HasField("prefill"):
+                            hold.release()
+                            self._note_placed(output.prefill, placement)
+                        if await self._take(output, worker_id):
+                            return
+        except SessionBroken as error:
+            raise PlacementFailed("session_broken", worker_id, Unavailable(str(error))) from error
+        except ClientTooSlow as error:
+            raise Unavailable(f"the client reads too slowly: {error}") from error
+
+    async def _take(self, output: worker_pb2.RequestOutput, worker_id: str) -> bool:
+        """Emit one step's output; whether it was the last."""
+        if output.prompt_logprobs:
+            self._prompt_logprobs.extend(output.prompt_logprobs)
+        finished = _FINISHED.get(output.finish_reason)
+        tokens = list(output.token_ids)
+        if not tokens and finished is None:
+            return False
+        first = not self.output
+        delta = self._text.push(
+            tokens,
+            output.logprobs,
+            finished,
+            output.stop_token_id if output.stopped_by_token_id else None,
+        )
+        self.output += tokens
+        if self._placed is None:
+            self._placed = Placed("local", worker_id, "", 0)
+        self._observe(len(delta.token_ids), first)
+        piece = Piece(delta, first, self._prompt_logprobs if first else ())
+        await self._emit(self._placed, piece)
+        if delta.finish_reason is None:
+            return False
+        self._metrics.whole.observe(time.monotonic() - self._began_s)
+        self._metrics.finished(delta.finish_reason.value)
+        return True
+
+    def _note_placed(self, report: worker_pb2.PrefillReport, placement: Placement) -> None:
+        kind = _KINDS.get(report.kind, "local")
+        self._metrics.placed(kind, self._policy)
+        if self._placed is None:
+            remote = placement.prefill is not None and kind == "remote"
+            self._placed = Placed(
+                kind,
+                placement.decode.worker_id,
+                placement.prefill.worker_id if remote and placement.prefill else "",
+                report.cached_tokens,
+            )
+
+    def _observe(self, tokens: int, first: bool) -> None:
+        now_s = time.monotonic()
+        if first:
+            self._metrics.first_token.observe(now_s - self._began_s)
+            self._metrics.prompt_tokens.inc(len(self._generation.prompt_token_ids))
+        else:
+            for _ in range(tokens):
+                self._metrics.interval.observe((now_s - self._last_s) / tokens)
+        self._metrics.generation_tokens.inc(tokens)
+        self._last_s = now_s
+
+
+def _start(generation: Generation, output: Sequence[int], placement: Placement) -> worker_pb2.Start:
+    prefill = placement.prefill
+    return worker_pb2.Start(
+        request_id=generation.request_id,
+        prompt_token_ids=generation.prompt_token_ids,
+        output_token_ids=output,
+        sampling=sampling_message(generation.sampling),
+        cache_salt=generation.cache_salt,
+        prefill_address=prefill.address if prefill is not None else "",
+        prefill_incarnation=prefill.incarnation if prefill is not None else "",
+    )
+
+
+def sampling_message(sampling: Sampling) -> worker_pb2.Sampling:
+    return worker_pb2.Sampling(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=sampling.logit_bias,
+        stop_token_ids=sampling.stop_token_ids,
+        seed=sampling.seed,
+        ignore_eos=sampling.ignore_eos,
+        min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+    )
+
+
+def _failure(error: worker_pb2.RequestError, placement: Placement) -> Exception:
+    """What a worker's error means: another placement, or the end."""
+    decode, prefill = placement.decode.worker_id, placement.prefill
+    match error.kind:
+        case _Error.INVALID:
+            return InvalidRequest(error.message)
+        case _Error.HANDOFF_FAILED:
+            at_fault = prefill.worker_id if prefill is not None else decode
+            return PlacementFailed("handoff_failed", at_fault, Unavailable(error.message))
+        case _Error.OVERLOADED:
+            overloaded = Overloaded(error.message, retry_after_s=_RETRY_AFTER_S)
+            return PlacementFailed("overloaded", decode, overloaded)
+        case _Error.DRAINING:
+            return PlacementFailed("draining", decode, Unavailable(error.message))
+        case _:
+            return BatonError(f"worker {decode} failed: {error.message}")

@@ -1,0 +1,80 @@
+"""What the router counts. Names are vLLM's where they mean the same."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_LATENCY_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
+)
+_INTERVAL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 5.0)
+
+
+class Metrics:
+    """One router's metrics, all labelled with the model; rendered by `render`."""
+
+    def __init__(self, model: str) -> None:
+        self._registry = registry = CollectorRegistry()
+        label = ["model_name"]
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, label, buckets=buckets, registry=registry).labels(model)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, label, registry=registry).labels(model)
+
+        self.first_token = histogram(
+            "vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.", _LATENCY_BUCKETS_S
+        )
+        self.interval = histogram(
+            "vllm:inter_token_latency_seconds", "Seconds between tokens of a choice.", _INTERVAL_BUCKETS_S
+        )
+        self.whole = histogram(
+            "vllm:e2e_request_latency_seconds", "Seconds from arrival to the last token.", _LATENCY_BUCKETS_S
+        )
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of placed choices.")
+        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.running = Gauge(
+            "vllm:num_requests_running", "Choices in flight.", label, registry=registry
+        ).labels(model)
+        self.kvstore_connected = Gauge(
+            "baton_router_kvstore_connected",
+            "1 while the kvstore's streams are up; at 0 the router goes on with the last known state.",
+            registry=registry,
+        )
+        self._success = Counter(
+            "vllm:request_success", "Choices that ended.", [*label, "finished_reason"], registry=registry
+        )
+        self._placements = Counter(
+            "baton_router_placements_total",
+            "Placements that gave a first token, by how the prompt's KV came to be.",
+            ["kind", "policy"],
+            registry=registry,
+        )
+        self._replacements = Counter(
+            "baton_router_replacements_total",
+            "Placements given up for another.",
+            ["reason"],
+            registry=registry,
+        )
+        self._rejected = Counter(
+            "baton_router_rejected_total", "Requests refused.", ["reason"], registry=registry
+        )
+        self._model = model
+
+    def finished(self, reason: str) -> None:
+        self._success.labels(self._model, reason).inc()
+
+    def placed(self, kind: str, policy: str) -> None:
+        self._placements.labels(kind, policy).inc()
+
+    def replaced(self, reason: str) -> None:
+        self._replacements.labels(reason).inc()
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
+
+    def render(self) -> tuple[bytes, str]:
+        """The page Prometheus scrapes, and its content type."""
+        return generate_latest(self._registry), "text/plain; version=0.0.4; charset=utf-8"

@@ -1,0 +1,192 @@
+"""Where a request runs: the policy's choice on what the router knows of the cluster this moment."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from baton.kv.hashing import KvLayout, extend_chain
+from baton.kv.index import PrefixIndex
+from baton.routing.view import ClusterView, Placement, Policy, Request, WorkerView
+from baton.rpc.v1 import worker_pb2
+from services.router.generation import Generation
+from services.router.sessions import SessionPool
+
+# How long a message may be under way: a load report that comes this much later than a promise was
+# made has the promised work in it.
+_IN_FLIGHT_S = 0.05
+
+
+@dataclass(frozen=True)
+class KnownWorker:
+    """A live worker as the registry last described it."""
+
+    view: WorkerView
+    layout: KvLayout
+    max_model_len: int
+
+
+class Cluster(Protocol):
+    """The router's copy of what the kvstore knows; the last known state while that is away."""
+
+    @property
+    def workers(self) -> Mapping[str, KnownWorker]:
+        """Live workers by id."""
+
+    @property
+    def index(self) -> PrefixIndex:
+        """Who holds which block."""
+
+
+@dataclass(eq=False, slots=True)
+class _Promise:
+    made_s: float
+    requests: int
+    queued_tokens: int
+    blocks: int
+
+
+class Hold:
+    """A placement and the work it promises to its workers until they report it themselves."""
+
+    def __init__(self, placement: Placement, promises: Sequence[tuple[deque[_Promise], _Promise]]) -> None:
+        self.placement = placement
+        self._promises = promises
+
+    def release(self) -> None:
+        """The workers have the work, or will never have it."""
+        for promised, promise in self._promises:
+            if promise in promised:
+                promised.remove(promise)
+        self._promises = ()
+
+
+class Placer:
+    """Builds the policy's view of the cluster and asks it."""
+
+    def __init__(self, policy: Policy, cluster: Cluster, sessions: SessionPool) -> None:
+        self._policy = policy
+        self._cluster = cluster
+        self._sessions = sessions
+        self._loads: dict[str, worker_pb2.WorkerLoad] = {}
+        self._promised: dict[str, deque[_Promise]] = {}
+
+    def place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
+        """Choose workers for a request that has produced `output` so far, away from the workers in `avoid`.
+
+        Raises:
+            Unplaceable: no worker can take it now; says why.
+        """
+        known = self._reachable()
+        request = self._request(generation, output, avoid, known)
+        placement = self._policy.place(request, ClusterView([self._current(worker) for worker in known]))
+        return self._promise(placement, request)
+
+    def check_ready(self) -> None:
+        """
+        Raises:
+            Unplaceable: not even the smallest request could be placed now; says why.
+        """
+        smallest = Request(prompt_tokens=1, blocks=1, block_size=1, block_bytes=1)
+        self._policy.place(smallest, ClusterView([worker.view for worker in self._reachable()]))
+
+    def longest_context(self) -> int | None:
+        """Tokens of prompt and output that some decode worker can hold; None while there is none."""
+        return max(
+            (
+                min(worker.max_model_len, worker.view.total_blocks * worker.layout.block_size)
+                for worker in self._reachable()
+                if worker.view.role.decodes
+            ),
+            default=None,
+        )
+
+    def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None:
+        """A worker reported; work promised before the report left is in it."""
+        self._loads[worker_id] = load
+        promised = self._promised.get(worker_id)
+        reported_before_s = time.monotonic() - _IN_FLIGHT_S
+        while promised and promised[0].made_s < reported_before_s:
+            promised.popleft()
+
+    def forget(self, worker_id: str) -> None:
+        """The worker is gone."""
+        self._loads.pop(worker_id, None)
+        self._promised.pop(worker_id, None)
+
+    def _reachable(self) -> list[KnownWorker]:
+        """Workers that can be used now: decode workers need a session."""
+        return [
+            worker
+            for worker_id, worker in self._cluster.workers.items()
+            if not worker.view.role.decodes or self._sessions.connected(worker_id) is not None
+        ]
+
+    def _current(self, worker: KnownWorker) -> WorkerView:
+        view = worker.view
+        load = self._loads.get(view.worker_id)
+        if load is not None:
+            view = replace(
+                view,
+                free_blocks=load.free_blocks,
+                running=load.running,
+                waiting=load.waiting,
+                queued_tokens=load.queued_tokens,
+            )
+        promised = self._promised.get(view.worker_id)
+        if not promised:
+            return view
+        return replace(
+            view,
+            free_blocks=max(0, view.free_blocks - sum(promise.blocks for promise in promised)),
+            waiting=view.waiting + sum(promise.requests for promise in promised),
+            queued_tokens=view.queued_tokens + sum(promise.queued_tokens for promise in promised),
+        )
+
+    def _request(
+        self,
+        generation: Generation,
+        output: Sequence[int],
+        avoid: frozenset[str],
+        known: Sequence[KnownWorker],
+    ) -> Request:
+        context = [*generation.prompt_token_ids, *output] if output else generation.prompt_token_ids
+        layouts = {worker.layout for worker in known}
+        held: dict[str, int] = {}
+        for layout in layouts:
+            chain = extend_chain(layout.root(generation.cache_salt), context, layout.block_size)
+            held.update(self._cluster.index.lookup(chain))
+        # Workers of one model differ in block size only while they are replaced by others; the
+        # smallest then overstates what the rest hold, which costs time and no correctness.
+        block_size = min((layout.block_size for layout in layouts), default=1)
+        total = len(generation.prompt_token_ids) + generation.sampling.max_tokens
+        return Request(
+            prompt_tokens=len(context),
+            blocks=-(-total // block_size),
+            block_size=block_size,
+            block_bytes=max((layout.block_bytes for layout in layouts), default=1),
+            held=held,
+            avoid=avoid,
+        )
+
+    def _promise(self, placement: Placement, request: Request) -> Hold:
+        decode, prefill = placement.decode.worker_id, placement.prefill
+        computing = prefill.worker_id if prefill is not None else decode
+        uncached = request.prompt_tokens - request.cached_tokens(computing)
+        prompt_blocks = -(-request.prompt_tokens // request.block_size)
+        now_s = time.monotonic()
+        promises = []
+        for worker_id in {decode, computing}:
+            promise = _Promise(
+                made_s=now_s,
+                requests=1 if worker_id == decode else 0,
+                queued_tokens=uncached if worker_id == computing else 0,
+                blocks=max(0, prompt_blocks - request.held.get(worker_id, 0)),
+            )
+            promised = self._promised.setdefault(worker_id, deque())
+            promised.append(promise)
+            promises.append((promised, promise))
+        return Hold(placement, promises)

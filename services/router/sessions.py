@@ -1,0 +1,296 @@
+"""The router's one stream to each decode worker, and the requests that share it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable
+
+import grpc
+
+from baton.routing.view import WorkerView
+from baton.rpc.channels import open_channel
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 5.0
+_WRITE_TIMEOUT_S = 15.0
+_FIRST_RETRY_S = 0.05
+_LAST_RETRY_S = 2.0
+# Messages to a worker that has stopped reading; then its session is as good as broken.
+_MAX_OUTGOING = 8192
+# Steps a client may lag behind its worker before its request is given up.
+_MAX_UNREAD_STEPS = 8192
+
+
+class SessionBroken(Exception):
+    """The stream to the worker ended before the request did."""
+
+
+class ClientTooSlow(Exception):
+    """The client reads so much slower than the worker writes that the router would have to hoard."""
+
+
+class _SessionEnded(Exception):
+    """The worker ended the stream."""
+
+
+class Attempt:
+    """One request on one session. Use as a context manager: leaving it early cancels the work there."""
+
+    def __init__(self, session: Session, key: int) -> None:
+        self._session = session
+        self._key = key
+        self._unread: list[worker_pb2.RequestOutput] = []
+        self._failure: Exception | None = None
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.forget(self._key, cancel=not self._ended)
+
+    async def outputs(self) -> list[worker_pb2.RequestOutput]:
+        """What has come since the last call, oldest first; waits for something.
+
+        Raises:
+            SessionBroken: the rest will not come.
+            ClientTooSlow: more came than this side may fall behind.
+        """
+        while not self._unread:
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        unread, self._unread = self._unread, []
+        return unread
+
+    def deliver(self, output: worker_pb2.RequestOutput) -> None:
+        if output.finish_reason or output.HasField("error"):
+            self._ended = True
+        if len(self._unread) >= _MAX_UNREAD_STEPS:
+            self._unread.clear()
+            self.fail(ClientTooSlow(f"{_MAX_UNREAD_STEPS} steps behind its worker"))
+            return
+        self._unread.append(output)
+        self._wake()
+
+    def fail(self, failure: Exception) -> None:
+        if not self._ended and self._failure is None:
+            self._failure = failure
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Session:
+    """One incarnation of one worker. `run` keeps the stream up until cancelled."""
+
+    def __init__(
+        self,
+        worker: WorkerView,
+        router_id: str,
+        on_load: Callable[[str, worker_pb2.WorkerLoad], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.worker = worker
+        self._router_id = router_id
+        self._on_load = on_load
+        self._on_change = on_change
+        self._attempts: dict[int, Attempt] = {}
+        self._last_key = 0
+        self._outgoing: asyncio.Queue[worker_pb2.SessionRequest] | None = None
+        self._overflowed = False
+
+    @property
+    def connected(self) -> bool:
+        return self._outgoing is not None
+
+    @property
+    def idle(self) -> bool:
+        return not self._attempts
+
+    def start(self, start: worker_pb2.Start) -> Attempt:
+        """Send `start`, whose key is set here.
+
+        Raises:
+            SessionBroken: the worker cannot be reached now.
+        """
+        self._last_key += 1
+        start.key = self._last_key
+        self._send(worker_pb2.SessionRequest(start=start))
+        attempt = self._attempts[start.key] = Attempt(self, start.key)
+        return attempt
+
+    def forget(self, key: int, *, cancel: bool) -> None:
+        """The request is over on this side; with `cancel`, tell the worker."""
+        if self._attempts.pop(key, None) is not None and cancel and self.connected:
+            try:
+                self._send(worker_pb2.SessionRequest(cancel=worker_pb2.Cancel(key=key)))
+            except SessionBroken:
+                # The cancel is lost, so the stream must go: with it the worker frees everything.
+                self._overflowed = True
+
+    async def run(self) -> None:
+        """Connect, and connect again after every failure, with growing pauses."""
+        pause_s = _FIRST_RETRY_S
+        loop = asyncio.get_running_loop()
+        async with open_channel(self.worker.address) as channel:
+            stub = worker_pb2_grpc.DecodeStub(channel)
+            while True:
+                began = loop.time()
+                try:
+                    await self._serve(channel, stub)
+                except* (
+                    grpc.aio.AioRpcError,
+                    asyncio.InvalidStateError,
+                    TimeoutError,
+                    _SessionEnded,
+                ) as group:
+                    self._break(_reason(group))
+                if loop.time() - began > _LAST_RETRY_S:
+                    pause_s = _FIRST_RETRY_S
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(2 * pause_s, _LAST_RETRY_S)
+
+    async def _serve(self, channel: grpc.aio.Channel, stub: worker_pb2_grpc.DecodeStub) -> None:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            await channel.channel_ready()
+        call = stub.Session()
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await call.write(worker_pb2.SessionRequest(hello=worker_pb2.Hello(router_id=self._router_id)))
+            self._outgoing = asyncio.Queue(_MAX_OUTGOING)
+            self._overflowed = False
+            log.info("session with %s at %s is up", self.worker.worker_id, self.worker.address)
+            self._on_change()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._write(call, self._outgoing))
+                tasks.create_task(self._read(call))
+        finally:
+            call.cancel()
+            self._break("the session was closed")
+
+    async def _write(
+        self,
+        call: grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.StepOutputs],
+        outgoing: asyncio.Queue[worker_pb2.SessionRequest],
+    ) -> None:
+        while not self._overflowed:
+            message = await outgoing.get()
+            async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                await call.write(message)
+        raise _SessionEnded("the worker reads too slowly")
+
+    async def _read(
+        self, call: grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.StepOutputs]
+    ) -> None:
+        attempts = self._attempts
+        worker_id = self.worker.worker_id
+        while isinstance(step := await call.read(), worker_pb2.StepOutputs):
+            if step.HasField("load"):
+                self._on_load(worker_id, step.load)
+            for output in step.outputs:
+                attempt = attempts.get(output.key)
+                if attempt is not None:
+                    attempt.deliver(output)
+        raise _SessionEnded("the worker ended the stream")
+
+    def _send(self, message: worker_pb2.SessionRequest) -> None:
+        if self._outgoing is None:
+            raise SessionBroken(f"no session with {self.worker.worker_id}")
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            raise SessionBroken(f"{self.worker.worker_id} does not read its session") from None
+
+    def _break(self, reason: str) -> None:
+        """Every request on the session fails over; the caller ends the stream or has seen it end."""
+        if self._outgoing is None:
+            return
+        self._outgoing = None
+        log.warning("session with %s broke: %s", self.worker.worker_id, reason)
+        attempts = list(self._attempts.values())
+        self._attempts.clear()
+        for attempt in attempts:
+            attempt.fail(SessionBroken(f"session with {self.worker.worker_id} broke: {reason}"))
+        self._on_change()
+
+
+class SessionPool:
+    """A session with every worker the registry names. `run` owns their tasks."""
+
+    def __init__(
+        self,
+        router_id: str,
+        on_load: Callable[[str, worker_pb2.WorkerLoad], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._router_id = router_id
+        self._on_load = on_load
+        self._on_change = on_change
+        self._sessions: dict[str, Session] = {}
+        self._tasks: dict[Session, asyncio.Task[None]] = {}
+        self._wanted: dict[str, WorkerView] = {}
+        self._changed = asyncio.Event()
+
+    def connected(self, worker_id: str) -> Session | None:
+        """The worker's session, if requests can be started on it now."""
+        session = self._sessions.get(worker_id)
+        return session if session is not None and session.connected else None
+
+    def sync(self, workers: Iterable[WorkerView]) -> None:
+        """Hold sessions with these workers from now on."""
+        self._wanted = {worker.worker_id: worker for worker in workers}
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Open and close sessions as `sync` says, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._changed.clear()
+                self._close_unwanted()
+                for worker_id, worker in self._wanted.items():
+                    if worker_id not in self._sessions and worker.role.decodes:
+                        session = Session(worker, self._router_id, self._on_load, self._on_change)
+                        self._sessions[worker_id] = session
+                        self._tasks[session] = tasks.create_task(session.run())
+                # Sessions of workers that left the registry end when their last request does.
+                timeout_s = 1.0 if self._sessions.keys() - self._wanted.keys() else None
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        await self._changed.wait()
+                except TimeoutError:
+                    continue
+
+    def _close_unwanted(self) -> None:
+        for worker_id, session in list(self._sessions.items()):
+            wanted = self._wanted.get(worker_id)
+            if wanted is None:
+                # The registry may be wrong about a worker that still answers.
+                keep = session.connected and not session.idle
+            else:
+                keep = (wanted.incarnation, wanted.address) == (
+                    session.worker.incarnation,
+                    session.worker.address,
+                )
+            if not keep:
+                del self._sessions[worker_id]
+                self._tasks.pop(session).cancel()
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or "no answer in time"
