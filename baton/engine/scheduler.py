@@ -65,22 +65,22 @@ class Scheduler:
             PoolTooSmall: it can never fit.
             Overloaded: the queue is full.
         """
-        needed = self.blocks_at_most(sequence)
+        self.require_fit(sequence)
+        if len(self.waiting) >= self.limits.max_waiting:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting (--max-waiting)", retry_after_s=1.0)
+        self.waiting.append(sequence)
+
+    def require_fit(self, sequence: Sequence) -> None:
+        """Raises PoolTooSmall when the sequence can need more blocks than there are."""
+        tokens = len(sequence.tokens)
+        if sequence.work is Work.GENERATE:
+            tokens = sequence.prompt_len + sequence.sampling.max_tokens
+        needed = sequence.blocks_for(tokens)
         if needed > self.pool.total_blocks:
             raise PoolTooSmall(
                 f"the request needs {needed} KV blocks of {sequence.block_size} tokens and the worker has "
                 f"{self.pool.total_blocks} in all; shorten it or raise --kv-blocks"
             )
-        if len(self.waiting) >= self.limits.max_waiting:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting (--max-waiting)", retry_after_s=1.0)
-        self.waiting.append(sequence)
-
-    def blocks_at_most(self, sequence: Sequence) -> int:
-        """Blocks the sequence can need before it finishes."""
-        tokens = len(sequence.tokens)
-        if sequence.work is Work.GENERATE:
-            tokens = sequence.prompt_len + sequence.sampling.max_tokens
-        return sequence.blocks_for(tokens)
 
     def adopt(self, sequence: Sequence, blocks: list[int], held: int) -> None:
         """Run a sequence whose context KV, but for its last token, is already in `blocks`.

@@ -143,7 +143,9 @@ class BlockPool:
         """What was stored and removed since the last call, in order."""
         changes, self._changes = self._changes, []
         return [
-            Stored(tuple(block_id for _, block_id in run)) if stored else Removed(tuple(block_id for _, block_id in run))
+            Stored(tuple(block_id for _, block_id in run))
+            if stored
+            else Removed(tuple(block_id for _, block_id in run))
             for stored, run in groupby(changes, key=itemgetter(0))
         ]
 

@@ -21,6 +21,9 @@ from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
 
+# Outputs a router may leave unread; a live one reads them within a step or two.
+_MAX_UNSENT = 65_536
+
 _ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind.ValueType], ...] = (
     (InvalidRequest, worker_pb2.RequestError.INVALID),
     (Overloaded, worker_pb2.RequestError.OVERLOADED),
@@ -60,6 +63,7 @@ class Session:
         self._handoffs: dict[int, asyncio.Task[None]] = {}
         self._outbox: list[worker_pb2.RequestOutput] = []
         self._filled = asyncio.Event()
+        self._serving: asyncio.Task[None] | None = None
 
     async def serve(
         self,
@@ -67,6 +71,7 @@ class Session:
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         """Take messages until the router ends the stream."""
+        self._serving = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
             writer = tasks.create_task(self._write(context))
             try:
@@ -111,6 +116,7 @@ class Session:
                 )
             choice = self._state.choice(start, self, Work.GENERATE)
             if start.prefill_address:
+                self._state.engine.scheduler.require_fit(choice)
                 task = tasks.create_task(self._read_prefill(start, choice))
                 self._handoffs[start.key] = task
             else:
@@ -155,6 +161,9 @@ class Session:
     def _send(self, output: worker_pb2.RequestOutput) -> None:
         self._outbox.append(output)
         self._filled.set()
+        if len(self._outbox) > _MAX_UNSENT and self._serving is not None:
+            log.error("a router left %d outputs unread; its session ends", len(self._outbox))
+            self._serving.cancel()
 
     async def _write(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Send what has gathered, as one message each time the stream is ready for one."""
