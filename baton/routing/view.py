@@ -88,9 +88,23 @@ class Request:
     held: Mapping[str, int] = field(default_factory=dict)
     avoid: frozenset[str] = frozenset()
 
+    @property
+    def prompt_blocks(self) -> int:
+        """Blocks the prompt fills, the last one in part."""
+        return -(-self.prompt_tokens // self.block_size)
+
     def cached_tokens(self, worker_id: str) -> int:
         """Prompt tokens whose KV the worker need not compute; at least one token always is."""
         return min(self.held.get(worker_id, 0) * self.block_size, self.prompt_tokens - 1)
+
+    def uncached_tokens(self, worker: WorkerView) -> int:
+        """Prompt tokens the worker would have to compute itself."""
+        return self.prompt_tokens - self.cached_tokens(worker.worker_id)
+
+    def missing_blocks(self, worker: WorkerView) -> int:
+        """Blocks the worker lacks to begin decoding now: the prompt's that it does not hold, and one more."""
+        wanted = min(self.prompt_blocks + 1, self.blocks) - self.held.get(worker.worker_id, 0)
+        return max(0, wanted - worker.free_blocks)
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,9 @@ class ClusterView:
         Raises:
             Unplaceable: there are none; says whether they are missing, draining or too small.
         """
-        live = [w for w in self.workers if w.role.decodes and not w.draining and w.worker_id not in request.avoid]
+        live = [
+            w for w in self.workers if w.role.decodes and not w.draining and w.worker_id not in request.avoid
+        ]
         if not live:
             raise Unplaceable("no decode worker is ready; see GET /ready and the registry")
         fitting = [w for w in live if w.total_blocks >= request.blocks]

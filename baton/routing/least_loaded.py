@@ -1,0 +1,30 @@
+"""least-loaded: place where the least work is promised, wherever prefixes may be cached."""
+
+from __future__ import annotations
+
+from random import Random
+
+from baton.routing.choice import least, requests_on, roomy
+from baton.routing.cost import prefill_cost
+from baton.routing.view import ClusterView, Placement, Policy, Request
+
+
+class LeastLoaded(Policy):
+    """Ignores prefixes; the baseline that every smarter policy must beat.
+
+    Prefill work is prompt tokens promised and not yet computed, decode work is requests.
+    """
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+
+    def place(self, request: Request, cluster: ClusterView) -> Placement:
+        """Choose the decode worker with the fewest requests and the prefill worker with the fewest tokens.
+
+        Raises:
+            Unplaceable: see `ClusterView.decoders`.
+        """
+        decode = least(self._rng, roomy(cluster.decoders(request), request), requests_on)
+        prefillers = cluster.prefillers(request)
+        prefill = least(self._rng, prefillers, lambda w: w.queued_tokens) if prefillers else None
+        return Placement(decode, prefill, prefill_cost(prefill or decode, request).total_s, "least loaded")

@@ -1,0 +1,276 @@
+"""What each policy does with recorded cluster states, and what every policy must never do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.config import BadSetting
+from baton.routing import ClusterView, Curve, Request, Role, Unplaceable, WorkerView, create_policy
+
+POLICIES = ["prefix", "least-loaded", "round-robin", "random"]
+
+# 16-token blocks, about 2000 prompt tokens/s, 10 ms decode steps: a small model on a few CPU cores.
+PREFILL_CURVE = Curve(((16.0, 0.010), (256.0, 0.120), (1024.0, 0.520), (4096.0, 2.600)))
+DECODE_CURVE = Curve(((1.0, 0.010), (8.0, 0.016), (32.0, 0.040)))
+
+
+def worker(worker_id: str, role: Role, **changes: object) -> WorkerView:
+    view = WorkerView(
+        worker_id=worker_id,
+        incarnation="1",
+        address=f"{worker_id}:1",
+        role=role,
+        total_blocks=2048,
+        free_blocks=2048,
+        prefill_curve=PREFILL_CURVE,
+        decode_curve=DECODE_CURVE,
+        read_bytes_per_s=2e9,
+    )
+    return replace(view, **changes)  # type: ignore[arg-type]
+
+
+def prefiller(name: str = "p0", **changes: object) -> WorkerView:
+    return worker(name, Role.PREFILL, **changes)
+
+
+def decoder(name: str = "d0", **changes: object) -> WorkerView:
+    return worker(name, Role.DECODE, **changes)
+
+
+def prompt(tokens: int, output: int = 128, **changes: object) -> Request:
+    request = Request(
+        prompt_tokens=tokens, blocks=-(-(tokens + output) // 16), block_size=16, block_bytes=65536
+    )
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
+def place(request: Request, *workers: WorkerView, policy: str = "prefix", seed: int = 0):  # type: ignore[no-untyped-def]
+    return create_policy(policy, Random(seed)).place(request, ClusterView(workers))
+
+
+def unknown(view: WorkerView) -> WorkerView:
+    return replace(view, prefill_curve=Curve(), decode_curve=Curve(), read_bytes_per_s=0.0)
+
+
+class TestPrefix:
+    @pytest.mark.parametrize("tokens", [40, 100, 600, 3000])
+    def test_an_idle_pair_prefills_remotely(self, tokens: int) -> None:
+        placement = place(prompt(tokens), prefiller(), decoder())
+        assert placement.prefill is not None
+        assert placement.prefill.worker_id == "p0"
+        assert placement.decode.worker_id == "d0"
+        assert placement.reason == "remote"
+
+    @pytest.mark.parametrize("tokens", [17, 100, 3000])
+    def test_an_idle_pair_with_unmeasured_curves_prefills_remotely(self, tokens: int) -> None:
+        placement = place(prompt(tokens), unknown(prefiller()), unknown(decoder()))
+        assert placement.prefill is not None
+
+    @pytest.mark.parametrize(
+        ("p", "d"), [(prefiller(), unknown(decoder())), (unknown(prefiller()), decoder())]
+    )
+    def test_a_half_measured_pair_prefills_remotely(self, p: WorkerView, d: WorkerView) -> None:
+        assert place(prompt(600), p, d).prefill is not None
+
+    def test_a_prompt_within_one_block_is_computed_where_it_is_decoded(self) -> None:
+        assert place(prompt(10), prefiller(), decoder()).prefill is None
+
+    def test_without_prefill_workers_the_decode_worker_prefills(self) -> None:
+        placement = place(prompt(600), decoder())
+        assert (placement.decode.worker_id, placement.prefill) == ("d0", None)
+        assert placement.reason == "no prefill worker"
+
+    def test_a_prompt_that_the_decode_worker_holds_stays_there(self) -> None:
+        placement = place(prompt(600, held={"d1": 37}), prefiller(), decoder("d0"), decoder("d1"))
+        assert (placement.decode.worker_id, placement.prefill, placement.reason) == ("d1", None, "cached")
+
+    def test_the_next_turn_of_a_chat_stays_with_its_decode_worker_while_that_is_quiet(self) -> None:
+        placement = place(prompt(2000, held={"d1": 120}), prefiller(), decoder("d0"), decoder("d1"))
+        assert (placement.decode.worker_id, placement.prefill) == ("d1", None)
+
+    def test_a_busy_decode_worker_is_spared_a_prefill(self) -> None:
+        busy = decoder("d1", running=24)
+        placement = place(prompt(2000, held={"d1": 90}), prefiller(), busy)
+        assert placement.prefill is not None
+
+    def test_a_long_queue_at_the_prefill_worker_makes_an_idle_decode_worker_prefill(self) -> None:
+        placement = place(prompt(600), prefiller(queued_tokens=8000), decoder())
+        assert (placement.prefill, placement.reason) == (None, "faster here")
+
+    def test_requests_decoding_weigh_against_prefilling_beside_them(self) -> None:
+        placement = place(prompt(600), prefiller(queued_tokens=2000), decoder(running=16))
+        assert placement.prefill is not None
+
+    def test_the_prefill_worker_that_holds_the_prefix_gets_the_prompt(self) -> None:
+        placement = place(prompt(2000, held={"p1": 100}), prefiller("p0"), prefiller("p1"), decoder())
+        assert placement.prefill is not None
+        assert placement.prefill.worker_id == "p1"
+
+    def test_a_cached_prefix_does_not_make_up_for_a_longer_queue(self) -> None:
+        holder = prefiller("p1", queued_tokens=6000)
+        placement = place(prompt(1000, held={"p1": 40}), prefiller("p0"), holder, decoder())
+        assert placement.prefill is not None
+        assert placement.prefill.worker_id == "p0"
+
+    def test_the_decode_worker_that_needs_to_read_less_is_taken(self) -> None:
+        slow = {"read_bytes_per_s": 1e8}
+        request = prompt(2000, held={"d1": 60, "p0": 125})
+        placement = place(request, prefiller(), decoder("d0", **slow), decoder("d1", **slow))
+        assert placement.decode.worker_id == "d1"
+
+    def test_the_emptier_batch_is_taken(self) -> None:
+        placement = place(prompt(600), prefiller(), decoder("d0", running=8), decoder("d1", running=2))
+        assert placement.decode.worker_id == "d1"
+
+    def test_a_decode_worker_without_free_blocks_is_passed_over(self) -> None:
+        full = decoder("d0", running=1, free_blocks=10)
+        placement = place(prompt(600), prefiller(), full, decoder("d1", running=8))
+        assert placement.decode.worker_id == "d1"
+
+    def test_when_all_are_full_one_is_taken_all_the_same(self) -> None:
+        placement = place(prompt(600), prefiller(), decoder(running=40, free_blocks=3))
+        assert placement.decode.worker_id == "d0"
+
+    def test_the_prediction_is_queue_plus_compute(self) -> None:
+        placement = place(prompt(1024), prefiller(queued_tokens=256), decoder())
+        assert placement.predicted_s == pytest.approx(0.120 + 0.520, abs=0.01)
+
+
+class TestOthers:
+    def test_least_loaded_takes_the_shortest_queue_and_batch(self) -> None:
+        workers = [
+            prefiller("p0", queued_tokens=100),
+            prefiller("p1", queued_tokens=50),
+            decoder("d0", running=3),
+            decoder("d1", running=1, waiting=1),
+        ]
+        placement = place(prompt(600, held={"p0": 30, "d0": 37}), *workers, policy="least-loaded")
+        assert placement.prefill is not None
+        assert (placement.prefill.worker_id, placement.decode.worker_id) == ("p1", "d1")
+
+    def test_round_robin_takes_turns_when_workers_come_and_go(self) -> None:
+        policy = create_policy("round-robin", Random(0))
+
+        def turn(*names: str) -> str:
+            return policy.place(prompt(100), ClusterView([decoder(n) for n in names])).decode.worker_id
+
+        assert [turn("b", "a", "c") for _ in range(4)] == ["a", "b", "c", "a"]
+        assert [turn("c", "d"), turn("c", "d"), turn("a", "c")] == ["c", "d", "a"]
+
+    def test_an_unknown_policy_is_refused_by_name(self) -> None:
+        with pytest.raises(BadSetting, match="fastest"):
+            create_policy("fastest", Random(0))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+class TestEvery:
+    def test_no_decode_worker(self, policy: str) -> None:
+        with pytest.raises(Unplaceable, match="no decode worker"):
+            place(prompt(100), prefiller(), policy=policy)
+
+    def test_too_large_for_every_pool_names_both_sizes(self, policy: str) -> None:
+        with pytest.raises(Unplaceable, match=r"needs 3000 .* has 2048"):
+            place(prompt(100, blocks=3000), prefiller(), decoder(), policy=policy)
+
+    def test_the_cache_does_not_matter_for_who_may_be_chosen(self, policy: str) -> None:
+        workers = [prefiller("p0", draining=True), decoder("d0", draining=True), decoder("d1"), decoder("d2")]
+        request = prompt(600, held={"p0": 37, "d0": 37, "d1": 37}, avoid=frozenset({"d1"}))
+        placement = place(request, *workers, policy=policy)
+        assert (placement.decode.worker_id, placement.prefill) == ("d2", None)
+
+    @pytest.mark.parametrize("measured", [True, False])
+    def test_equal_workers_get_equal_work(self, policy: str, measured: bool) -> None:
+        """4 + 4 workers, each request lasting while 40 others come; none exceeds 1.3 x the mean."""
+        chooser = create_policy(policy, Random(7))
+        workers = {w.worker_id: w for i in range(4) for w in (prefiller(f"p{i}"), decoder(f"d{i}"))}
+        if not measured:
+            workers = {name: unknown(w) for name, w in workers.items()}
+        counts: Counter[str] = Counter()
+        live: list[tuple[str, str | None]] = []
+        rng = Random(3)
+        for _ in range(2000):
+            request = prompt(rng.randint(100, 800))
+            placement = chooser.place(request, ClusterView(list(workers.values())))
+            d = placement.decode.worker_id
+            p = placement.prefill.worker_id if placement.prefill else None
+            counts[d] += 1
+            workers[d] = replace(workers[d], running=workers[d].running + 1)
+            if p:
+                counts[p] += 1
+                workers[p] = replace(workers[p], queued_tokens=workers[p].queued_tokens + 400)
+            live.append((d, p))
+            if len(live) > 40:
+                d, p = live.pop(0)
+                workers[d] = replace(workers[d], running=workers[d].running - 1)
+                if p:
+                    workers[p] = replace(workers[p], queued_tokens=workers[p].queued_tokens - 400)
+        for kind in "pd":
+            shares = [counts[f"{kind}{i}"] for i in range(4)]
+            assert max(shares) <= 1.3 * sum(shares) / 4, shares
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> ClusterView:
+    workers = []
+    for index in range(draw(st.integers(0, 6))):
+        total = draw(st.integers(1, 300))
+        view = worker(
+            f"w{index}",
+            draw(st.sampled_from(Role)),
+            total_blocks=total,
+            free_blocks=draw(st.integers(0, total)),
+            running=draw(st.integers(0, 64)),
+            waiting=draw(st.integers(0, 64)),
+            queued_tokens=draw(st.integers(0, 100_000)),
+            draining=draw(st.booleans()),
+            read_bytes_per_s=draw(st.sampled_from([0.0, 1e6, 1e10])),
+        )
+        workers.append(unknown(view) if draw(st.booleans()) else view)
+    return ClusterView(workers)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    tokens = draw(st.integers(1, 5000))
+    block_size = draw(st.sampled_from([1, 16, 256]))
+    full = tokens // block_size
+    names = st.sampled_from([f"w{i}" for i in range(8)])
+    return Request(
+        prompt_tokens=tokens,
+        blocks=-(-tokens // block_size) + draw(st.integers(0, 100)),
+        block_size=block_size,
+        block_bytes=draw(st.integers(1, 1 << 20)),
+        held=draw(st.dictionaries(names, st.integers(0, full))),
+        avoid=draw(st.frozensets(names)),
+    )
+
+
+@given(clusters(), requests(), st.sampled_from(POLICIES), st.integers(0, 3))
+def test_a_placement_is_always_one_that_can_work(
+    cluster: ClusterView, request: Request, policy: str, seed: int
+) -> None:
+    able = {
+        w.worker_id
+        for w in cluster.workers
+        if w.role.decodes
+        and not w.draining
+        and w.worker_id not in request.avoid
+        and w.total_blocks >= request.blocks
+    }
+    try:
+        placement = create_policy(policy, Random(seed)).place(request, cluster)
+    except Unplaceable:
+        assert not able
+        return
+    assert placement.decode.worker_id in able
+    assert 0.0 <= placement.predicted_s < float("inf")
+    if placement.prefill is not None:
+        assert placement.prefill.role is Role.PREFILL
+        assert not placement.prefill.draining
+        assert placement.prefill.worker_id not in request.avoid
