@@ -15,7 +15,7 @@ from baton.rpc.server import Server
 from baton.rpc.v1 import kvstore_pb2_grpc
 from services.kvstore.backend import Backend
 from services.kvstore.memory import MemoryBackend
-from services.kvstore.metrics import Metrics
+from services.kvstore.metrics import Metrics, RedisMetrics
 from services.kvstore.servicers import PrefixIndexServicer, RegistryServicer
 from services.kvstore.state import ClusterState
 
@@ -70,7 +70,7 @@ def _backend(settings: Settings, metrics: Metrics) -> Backend:
         return MemoryBackend()
     from services.kvstore.redis import RedisBackend  # an optional extra, so imported only when asked for
 
-    return RedisBackend(settings.kvstore.redis, metrics)
+    return RedisBackend(settings.kvstore.redis, RedisMetrics(metrics.registry))
 
 
 async def _expire(state: ClusterState, ttl_s: float) -> None:

@@ -18,6 +18,10 @@ class Holdings:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def ids(self) -> list[bytes]:
+        """Every block id, first stored first."""
+        return list(self._blocks)
+
     def tiers(self, block_id: bytes) -> int:
         """The tiers that hold the block, as the sum of `1 << tier`; 0 is none."""
         return self._blocks.get(block_id, 0)

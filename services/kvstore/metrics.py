@@ -32,17 +32,6 @@ class Metrics:
             ["verdict"],
             registry=self.registry,
         )
-        self.redis_up = Gauge(
-            "baton_kvstore_redis_up",
-            "1 while Redis takes writes, 0 while the kvstore goes on without it.",
-            registry=self.registry,
-        )
-        self.redis_failures = Counter(
-            "baton_kvstore_redis_failures", "Rounds of Redis writes that failed.", registry=self.registry
-        )
-        self.redis_blocks = Counter(
-            "baton_kvstore_redis_blocks", "Block entries written to Redis.", registry=self.registry
-        )
 
     def serve(self, host: str, port: int) -> int:
         """Serve /metrics from a thread of its own; returns the real port.
@@ -58,3 +47,20 @@ class Metrics:
                 field="metrics_port",
             ) from error
         return int(server.server_port)
+
+
+class RedisMetrics:
+    """How the Redis behind the kvstore is doing; present only where there is one."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.up = Gauge(
+            "baton_kvstore_redis_up",
+            "1 while Redis takes writes, 0 while the kvstore goes on without it.",
+            registry=registry,
+        )
+        self.failures = Counter(
+            "baton_kvstore_redis_failures", "Rounds of Redis reads or writes that failed.", registry=registry
+        )
+        self.blocks = Counter(
+            "baton_kvstore_redis_blocks", "Block entries written to Redis.", registry=registry
+        )
