@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 import orjson
-from rich.console import Console
-from rich.table import Table
 
 from baton.cli.options import effective_settings, settings_options
+from baton.cli.tables import print_table
 from baton.config import SECTIONS, Settings, flag, variable
 
 
@@ -23,7 +24,7 @@ def config(settings: Settings, as_json: bool) -> None:
     if as_json:
         found = {
             row.name: {
-                "value": row.value,
+                "value": _shown(row.value),
                 "source": row.source,
                 "section": row.section,
                 "flag": flag(row.name),
@@ -33,12 +34,14 @@ def config(settings: Settings, as_json: bool) -> None:
         }
         click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2))
         return
-    table = Table(box=None, header_style="bold")
-    for column in ("section", "setting", "value", "from"):
-        table.add_column(column, no_wrap=column != "value", overflow="fold")
-    section = ""
-    for row in rows:
-        source = row.source if row.source == "default" else f"[bold]{row.source}[/bold]"
-        table.add_row(row.section if row.section != section else "", row.name, str(row.value), source)
-        section = row.section
-    Console().print(table)
+    print_table(
+        ("section", "setting", "value", "from"),
+        [(row.section, row.name, str(_shown(row.value)), row.source) for row in rows],
+    )
+
+
+def _shown(value: object) -> object:
+    """The value, without the password where it is a URL that has one."""
+    if not isinstance(value, str) or "@" not in value:
+        return value
+    return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", value)

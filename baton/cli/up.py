@@ -22,6 +22,7 @@ from baton.cli.cluster import Cluster, plan_cluster
 from baton.cli.options import effective_settings, settings_options
 from baton.cli.run import WORKER_EXTRA, worker_extra_missing
 from baton.cli.supervisor import StartFailed, SupervisedProcess, Supervisor
+from baton.cli.tables import print_table
 from baton.config import Settings
 from baton.model_folder import has_chat_template
 
@@ -98,7 +99,19 @@ class _Run:
         with live if self.console.is_terminal else nullcontext():
             await self.supervisor.until_ready(self._start_timeout_s, progress.ready)
         self.supervisor.settled()
-        _print_table(self.supervisor.processes)
+        print_table(
+            ("process", "role", "address", "pid", "log"),
+            [
+                (
+                    process.spec.name,
+                    process.spec.role,
+                    process.address or "",
+                    str(process.pid),
+                    str(process.log),
+                )
+                for process in self.supervisor.processes
+            ],
+        )
         click.echo("\n" + await asyncio.to_thread(_example, self._cluster))
         click.echo(f"\nReady in {progress.elapsed_s():.1f} s. Ctrl-C stops everything.")
 
@@ -130,19 +143,6 @@ class _Progress:
             state = f"starting, {self.elapsed_s():.0f} s" if after_s is None else f"ready in {after_s:.1f} s"
             table.add_row(name, state, style="dim" if after_s is None else "green")
         return table
-
-
-def _print_table(processes: Sequence[SupervisedProcess]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("process", "role", "address", "pid", "log"):
-        table.add_column(column, no_wrap=True)
-    for process in processes:
-        table.add_row(
-            process.spec.name, process.spec.role, process.address, str(process.pid), str(process.log)
-        )
-    # Never narrower than its longest row: a path that is cut or wrapped cannot be copied.
-    console = Console(highlight=False)
-    console.print(table, width=max(console.width, console.measure(table).maximum), crop=False, soft_wrap=True)
 
 
 def _example(cluster: Cluster) -> str:
