@@ -20,7 +20,7 @@ PREFERRED_BLOCK_SIZE = 16
 _TILE = 256
 _PIECE_ROWS = 256
 _GROUPED_ROWS = 16
-# Products of 5 to 7 rows are cut differently by two threads, and below 4 by one.
+# Batched float32 products of fewer than 4 rows, or of 5 to 7, round differently from those of more.
 _ROW_MULTIPLE = 4
 # Below every score, yet finite: -inf minus -inf would be NaN.
 _NEVER = -1e30
@@ -88,6 +88,7 @@ class CpuAttention(AttentionBackend):
         self._block_rows = cache.storage.view(-1, self._block_size * self._head_dim)
         self._token_rows = cache.storage.view(-1, self._head_dim)
         self._group_size = self._specs[0].heads // self._kv_heads
+        self._row_multiple = _ROW_MULTIPLE * (2 if self._kv_heads == 1 else 1)  # see _bmm
         self._windows = sorted({spec.window for spec in specs}, key=lambda window: window or 0)
         self._new_rows = torch.empty(0, dtype=torch.int64)
         self._groups: list[_Group] = []
@@ -136,7 +137,7 @@ class CpuAttention(AttentionBackend):
         for tile in group.tiles[spec.window]:
             tile_keys = keys.index_select(0, tile.block_rows).view(batch, self._tile, dim)
             tile_values = values.index_select(0, tile.block_rows).view(batch, self._tile, dim)
-            scores = torch.bmm(queries, tile_keys.transpose(1, 2)).float().mul_(spec.scale)
+            scores = _bmm(queries, tile_keys.transpose(1, 2)).float().mul_(spec.scale)
             if spec.softcap is not None:
                 scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
             if tile.hidden is not None:
@@ -146,7 +147,7 @@ class CpuAttention(AttentionBackend):
             likely = scores.sub_(new_top).exp_()
             keep = (top - new_top).exp_()
             weight.mul_(keep).add_(likely.sum(-1, keepdim=True))
-            total.mul_(keep).add_(torch.bmm(likely.to(q.dtype), tile_values))
+            total.mul_(keep).add_(_bmm(likely.to(q.dtype), tile_values))
             top = new_top
         mean = total.div_(weight).view(group.pieces, heads, group.padded, share, dim)
         mean = mean[:, :, : group.rows].transpose(1, 2)
@@ -161,7 +162,7 @@ class CpuAttention(AttentionBackend):
     def _group(self, pieces: Sequence[_Piece]) -> _Group:
         rows = pieces[0].rows
         padded = rows
-        while padded * self._group_size % _ROW_MULTIPLE:
+        while padded * self._group_size % self._row_multiple:
             padded += 1
         offsets = torch.arange(padded).clamp(max=rows - 1)
         first_rows = torch.tensor([piece.row for piece in pieces])
@@ -207,6 +208,14 @@ class CpuAttention(AttentionBackend):
         """Ids of the blocks of tiles `first` .. `last`, padded to `count` tiles with the sequence's own."""
         wanted = list(blocks[first * self._tile_blocks : (last + 1) * self._tile_blocks])
         return wanted + [blocks[0]] * (count * self._tile_blocks - len(wanted))
+
+
+def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """torch.bmm, a batch of one as two halves: threads cut a single product where they like."""
+    if left.shape[0] > 1:
+        return torch.bmm(left, right)
+    halves = left.view(2, left.shape[1] // 2, left.shape[2])
+    return torch.bmm(halves, right.expand(2, -1, -1)).view(1, left.shape[1], right.shape[2])
 
 
 def _alike(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
