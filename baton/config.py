@@ -98,6 +98,7 @@ class RouterSettings:
     max_running: int = setting(1024, "requests in flight before the router answers 429", minimum=1)
     request_timeout_s: float = setting(600.0, "seconds a request may take in all", minimum=1)
     max_placements: int = setting(4, "placements tried for one request before it fails", minimum=1)
+    stop_grace_s: float = setting(5.0, "seconds a stopping router lets running requests finish", minimum=0)
 
 
 @dataclass(frozen=True)

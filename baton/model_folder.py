@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,11 +11,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from baton.errors import UnsupportedModel
 
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Files of a model that a process without weights needs."""
+
+_PATTERNS = (*CONFIG_PATTERNS, "*.safetensors")
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, patterns: Sequence[str] = _PATTERNS) -> Path:
     """The folder with config.json, tokenizer and weights; downloads a Hugging Face id on first use.
+
+    Args:
+        patterns: which files of a Hugging Face id to download.
 
     Raises:
         UnsupportedModel: there is no such folder, and no such id either or no way to get it.
@@ -29,7 +36,7 @@ def model_folder(model: str) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UnsupportedModel(f"--model {model}: there is no such folder")
     try:
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(

@@ -45,7 +45,6 @@ class Admission:
                 field="n",
             )
         if self._running + choices > self._max_running:
-            self._metrics.rejected("overloaded")
             raise Overloaded(
                 f"{self._running} requests are in flight and at most {self._max_running} are allowed; "
                 f"retry after {_RETRY_AFTER_S:.0f} s",

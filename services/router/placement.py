@@ -4,41 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from baton.kv.hashing import KvLayout, extend_chain
-from baton.kv.index import PrefixIndex
+from baton.kv.hashing import extend_chain
 from baton.routing.view import ClusterView, Placement, Policy, Request, WorkerView
 from baton.rpc.v1 import worker_pb2
+from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
 from services.router.sessions import SessionPool
 
 # How long a message may be under way: a load report that comes this much later than a promise was
 # made has the promised work in it.
 _IN_FLIGHT_S = 0.05
-
-
-@dataclass(frozen=True)
-class KnownWorker:
-    """A live worker as the registry last described it."""
-
-    view: WorkerView
-    layout: KvLayout
-    max_model_len: int
-
-
-class Cluster(Protocol):
-    """The router's copy of what the kvstore knows; the last known state while that is away."""
-
-    @property
-    def workers(self) -> Mapping[str, KnownWorker]:
-        """Live workers by id."""
-
-    @property
-    def index(self) -> PrefixIndex:
-        """Who holds which block."""
 
 
 @dataclass(eq=False, slots=True)
@@ -176,7 +154,6 @@ class Placer:
         decode, prefill = placement.decode.worker_id, placement.prefill
         computing = prefill.worker_id if prefill is not None else decode
         uncached = request.prompt_tokens - request.cached_tokens(computing)
-        prompt_blocks = -(-request.prompt_tokens // request.block_size)
         now_s = time.monotonic()
         promises = []
         for worker_id in {decode, computing}:
@@ -184,7 +161,7 @@ class Placer:
                 made_s=now_s,
                 requests=1 if worker_id == decode else 0,
                 queued_tokens=uncached if worker_id == computing else 0,
-                blocks=max(0, prompt_blocks - request.held.get(worker_id, 0)),
+                blocks=max(0, request.prompt_blocks - request.held.get(worker_id, 0)),
             )
             promised = self._promised.setdefault(worker_id, deque())
             promised.append(promise)

@@ -1,0 +1,40 @@
+"""The router process: `python -m services.router`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import click
+import uvloop
+
+from baton.cli.options import settings_options
+from baton.config import PROCESS_SECTIONS, Settings
+from baton.logs import configure
+from services.router.cluster import WatchedCluster
+from services.router.router import Router
+
+
+async def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    cluster = WatchedCluster(settings.kvstore.kvstore, settings.kvstore.worker_ttl_s)
+    router = Router(settings, cluster)
+    cluster.listener = router
+    router.metrics.kvstore_connected.set_function(lambda: cluster.connected)
+    await router.run(stop, asyncio.Event())
+
+
+@click.command()
+@settings_options(*PROCESS_SECTIONS["router"])
+def main(settings: Settings) -> None:
+    """Serve the OpenAI API and gRPC, and place requests on the cluster's workers."""
+    configure("router", settings.observability.log_level)
+    uvloop.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The ASGI app: which path and method goes where, and how every failure becomes an OpenAI error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+from baton import __version__
+from baton.errors import BatonError, Unavailable
+from baton.openai.answer import DONE, error_shape, event
+from services.router.frontend import Frontend
+from services.router.http import ClientGone, Exchange, MethodNotAllowed, NotFound, Receive, Scope, Send
+from services.router.openai_api import OpenAiApi
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange], Awaitable[None]]
+_ONE_MODEL = "/v1/models/"
+
+
+class App:
+    """Serves every path of the router over HTTP."""
+
+    def __init__(self, frontend: Frontend, max_body_bytes: int) -> None:
+        self._frontend = frontend
+        self._max_body_bytes = max_body_bytes
+        self._api = OpenAiApi(frontend)
+        self._routes: Mapping[str, Mapping[str, Handler]] = {
+            "/v1/completions": {"POST": self._api.completions},
+            "/v1/chat/completions": {"POST": self._api.chat},
+            "/v1/models": {"GET": self._api.models},
+            "/tokenize": {"POST": self._api.tokenize},
+            "/detokenize": {"POST": self._api.detokenize},
+            "/health": {"GET": _alive},
+            "/live": {"GET": _alive},
+            "/ready": {"GET": self._ready},
+            "/metrics": {"GET": self._metrics},
+            "/version": {"GET": _version},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._max_body_bytes)
+        try:
+            await self._handler(exchange)(exchange)
+        except ClientGone:
+            log.debug("request %s: the client left", exchange.request_id)
+        except BatonError as error:
+            self._frontend.metrics.rejected(error.openai_type)
+            await _write_error(exchange, error)
+        except Exception:
+            log.exception("request %s failed", exchange.request_id)
+            self._frontend.metrics.rejected(BatonError.openai_type)
+            await _write_error(
+                exchange, BatonError(f"internal error; the router's log has it under {exchange.request_id}")
+            )
+
+    def _handler(self, exchange: Exchange) -> Handler:
+        path = exchange.path
+        handlers = self._routes.get(path)
+        if handlers is None and path.startswith(_ONE_MODEL):
+            handlers = {"GET": self._one_model}
+        if handlers is None:
+            raise NotFound(f"no such path: {path[:128]}")
+        handler = handlers.get("GET" if exchange.method == "HEAD" else exchange.method)
+        if handler is None:
+            allowed = ", ".join(handlers)
+            raise MethodNotAllowed(f"{path} takes {allowed}, not {exchange.method}", allowed=allowed)
+        return handler
+
+    async def _one_model(self, exchange: Exchange) -> None:
+        await self._api.one_model(exchange, exchange.path.removeprefix(_ONE_MODEL))
+
+    async def _ready(self, exchange: Exchange) -> None:
+        """200 when a request could be placed now."""
+        if self._frontend.admission.closed:
+            raise Unavailable("the router is shutting down")
+        self._frontend.placer.check_ready()
+        await exchange.json(200, {"status": "ready"})
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        page, content_type = self._frontend.metrics.render()
+        await exchange.respond(200, page, content_type)
+
+
+async def _write_error(exchange: Exchange, error: BatonError) -> None:
+    if exchange.started:
+        await exchange.events(event(error_shape(error)) + DONE, last=True)
+    else:
+        await exchange.error(error)
+
+
+async def _alive(exchange: Exchange) -> None:
+    await exchange.json(200, {"status": "ok"})
+
+
+async def _version(exchange: Exchange) -> None:
+    await exchange.json(200, {"version": __version__})

@@ -1,0 +1,109 @@
+"""What the HTTP and gRPC fronts share: from a checked request to its choices running side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from baton.errors import BatonError
+from baton.openai.answer import Piece
+from baton.openai.params import ModelLimits, OutputBudget, settle, stops_of
+from baton.openai.schema import SamplingFields
+from services.router.admission import Admission
+from services.router.generation import Generation, Placed
+from services.router.lifecycle import Lifecycle
+from services.router.metrics import Metrics
+from services.router.model import ServedModel
+from services.router.placement import Placer
+
+EmitChoice = Callable[[int, Placed, Piece], Awaitable[None]]
+"""Takes the pieces of all choices of a request; the first argument is the choice's index."""
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """The router's parts as a front needs them."""
+
+    model: ServedModel
+    placer: Placer
+    lifecycle: Lifecycle
+    admission: Admission
+    metrics: Metrics
+    request_timeout_s: float
+
+    def limits(self) -> ModelLimits:
+        """What requests may ask for now: the model's limits, and no more than some worker can hold."""
+        limits = self.model.limits
+        held = self.placer.longest_context()
+        if held is None or held >= limits.max_model_len:
+            return limits
+        return replace(limits, max_model_len=held)
+
+    def generations(
+        self,
+        fields: SamplingFields,
+        limits: ModelLimits,
+        *,
+        prompt_token_ids: list[int],
+        budget: OutputBudget,
+        logprobs: int | None,
+        request_id: str,
+        cache_salt: str,
+    ) -> list[Generation]:
+        """The n choices for one prompt. Choice i is seeded with seed + i, drawn here when not given.
+
+        Raises:
+            InvalidRequest: naming the field at fault.
+        """
+        stops = stops_of(fields)
+        if stops:
+            self.model.require_tokenizer("stop")
+        sampling = settle(
+            fields,
+            limits,
+            prompt_tokens=len(prompt_token_ids),
+            budget=budget,
+            logprobs=logprobs,
+            seed=random.getrandbits(64),
+        )
+        first = Generation(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            stops=stops,
+            include_stop=fields.include_stop_str_in_output or False,
+            skip_special_tokens=fields.skip_special_tokens is not False,
+            cache_salt=cache_salt,
+        )
+        others = [
+            replace(first, sampling=replace(sampling, seed=(sampling.seed + index) % 2**64))
+            for index in range(1, fields.n or 1)
+        ]
+        return [first, *others]
+
+    async def run(self, generations: Sequence[Generation], emit: EmitChoice) -> None:
+        """Run all choices to their end. When one fails, or the caller is cancelled, all are cancelled.
+
+        Raises:
+            BatonError: the first failure.
+        """
+        with self.admission.enter(len(generations)):
+            if len(generations) == 1:
+                await self.lifecycle.run(generations[0], lambda placed, piece: emit(0, placed, piece))
+                return
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for index, generation in enumerate(generations):
+                        tasks.create_task(self._run_one(index, generation, emit))
+            except* BatonError as group:
+                raise _first(group) from None
+
+    async def _run_one(self, index: int, generation: Generation, emit: EmitChoice) -> None:
+        await self.lifecycle.run(generation, lambda placed, piece: emit(index, placed, piece))
+
+
+def _first(group: BaseExceptionGroup[BatonError]) -> BatonError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,208 @@
+"""One HTTP exchange: reading the request within bounds, writing the answer, noticing that the client left."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+
+from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, RequestTooLarge
+from baton.openai.answer import error_shape
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = Mapping[str, str]
+
+_BODY_TIMEOUT_S = 60.0
+_MAX_REQUEST_ID = 128
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody is left to answer."""
+
+
+class NotFound(InvalidRequest):
+    """No such path."""
+
+    http_status = 404
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path is there, for other methods."""
+
+    http_status = 405
+
+    def __init__(self, message: str, *, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body is not JSON, or is compressed."""
+
+    http_status = 415
+
+
+class BodyTooSlow(InvalidRequest):
+    """The body did not arrive in time."""
+
+    http_status = 408
+
+
+class Exchange:
+    """One request and its response, of which exactly one is written."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self._receive = receive
+        self._send = send
+        self._max_body_bytes = max_body_bytes
+        self.request_id = _usable(self.header(b"x-request-id")) or uuid.uuid4().hex
+        self.started = False
+
+    def header(self, name: bytes) -> str:
+        """A request header by its lower-case name; empty when absent."""
+        for key, value in self._headers:
+            if key == name:
+                return value.decode("latin-1")
+        return ""
+
+    async def json_body(self) -> bytes:
+        """The whole body, which the headers say is JSON.
+
+        Raises:
+            UnsupportedMediaType, RequestTooLarge, BodyTooSlow, ClientGone
+        """
+        content_type = self.header(b"content-type").partition(";")[0].strip().lower()
+        if content_type not in ("", "application/json"):
+            raise UnsupportedMediaType(
+                f"content-type: {content_type[:64]!r} is not accepted; send application/json",
+                field="content-type",
+            )
+        encoding = self.header(b"content-encoding").strip().lower()
+        if encoding not in ("", "identity"):
+            raise UnsupportedMediaType(
+                f"content-encoding: {encoding[:64]!r} is not accepted; send the body uncompressed",
+                field="content-encoding",
+            )
+        length = self.header(b"content-length")
+        if length.isdecimal() and int(length) > self._max_body_bytes:
+            raise self._too_large()
+        try:
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                return await self._read()
+        except TimeoutError:
+            raise BodyTooSlow(f"body: not complete after {_BODY_TIMEOUT_S:.0f} s", field="body") from None
+
+    async def _read(self) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self._max_body_bytes:
+                raise self._too_large()
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(
+            f"body: larger than {self._max_body_bytes} bytes; shorten it or raise --max-body-bytes",
+            field="body",
+        )
+
+    @asynccontextmanager
+    async def while_connected(self, limit_s: float) -> AsyncIterator[None]:
+        """Cancel what is inside when the client leaves or `limit_s` seconds have passed. After the body.
+
+        Raises:
+            ClientGone: the client left.
+            DeadlineExceeded: the time is over.
+        """
+        watcher: asyncio.Task[None] | None = None
+        gone = False
+        try:
+            async with asyncio.timeout(limit_s) as scope:
+
+                async def watch() -> None:
+                    nonlocal gone
+                    while (await self._receive())["type"] != "http.disconnect":
+                        pass
+                    gone = True
+                    scope.reschedule(asyncio.get_running_loop().time())
+
+                watcher = asyncio.create_task(watch())
+                try:
+                    yield
+                finally:
+                    watcher.cancel()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            if gone:
+                raise ClientGone from None
+            raise DeadlineExceeded(
+                f"the answer was not complete after {limit_s:.0f} s (--request-timeout-s)"
+            ) from None
+
+    async def respond(
+        self, status: int, body: bytes, content_type: str, headers: Headers | None = None
+    ) -> None:
+        """Write the whole response."""
+        await self._start(
+            status, {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
+        )
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def json(self, status: int, content: object, headers: Headers | None = None) -> None:
+        await self.respond(status, orjson.dumps(content), "application/json", headers)
+
+    async def start_events(self, headers: Headers) -> None:
+        """Begin a response of server-sent events."""
+        await self._start(
+            200,
+            {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+                # nginx would gather events and pass them on late.
+                "x-accel-buffering": "no",
+                **headers,
+            },
+        )
+
+    async def events(self, events: bytes, *, last: bool) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": not last})
+
+    async def error(self, error: BatonError) -> None:
+        """Write an error as the whole response."""
+        headers = {}
+        if isinstance(error, Overloaded):
+            headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        if isinstance(error, MethodNotAllowed):
+            headers["allow"] = error.allowed
+        await self.json(error.http_status, error_shape(error), headers)
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        self.started = True
+        raw = [
+            (name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()
+        ]
+        raw.append((b"x-request-id", self.request_id.encode("latin-1")))
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+def _usable(request_id: str) -> str:
+    """A client's own request id, if it is fit for logs and headers."""
+    fit = len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable()
+    return request_id if fit else ""

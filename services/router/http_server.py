@@ -1,0 +1,84 @@
+"""How the app is served: uvicorn on a socket of ours, stopped by us."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from baton.config import BadSetting
+from baton.errors import InvalidRequest
+from baton.openai.answer import error_shape
+
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, with errors in OpenAI's shape and no patience for connections that never speak."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def send_400_response(self, msg: str) -> None:
+        body = orjson.dumps(error_shape(InvalidRequest(f"not HTTP: {msg}")))
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handling: the process decides when to stop."""
+
+    def __init__(self, app: Any, *, grace_s: float) -> None:
+        """`grace_s`: seconds running requests get once `stop` was called; then they are cancelled."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=math.ceil(grace_s),
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Make `serve` close the listening socket, wait for running requests, and return."""
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes any free one.
+
+    Raises:
+        BadSetting: the port is taken, or the host is not an address of this machine.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise BadSetting(
+            f"cannot listen on {host}:{port} (--port): {error.strerror or error}; choose another --port",
+            field="port",
+        ) from error

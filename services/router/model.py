@@ -1,0 +1,139 @@
+"""The model the router fronts: its name, its limits, its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baton.config import ModelSettings
+from baton.errors import InvalidRequest, ModelNotFound
+from baton.model_folder import CONFIG_PATTERNS, model_folder
+from baton.models.config import read_config
+from baton.openai.params import ModelLimits, check_prompt, check_prompt_length
+from baton.openai.schema import Message
+from baton.text import ChatTemplate, TemplateError, Tokenizer
+
+log = logging.getLogger(__name__)
+
+# Tokenizing this much takes about as long as handing it to a thread and back is worth.
+_INLINE_CHARACTERS = 16_384
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Read once at start. `created` is when, in Unix seconds."""
+
+    name: str
+    limits: ModelLimits
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    created: int
+
+    @classmethod
+    def load(cls, settings: ModelSettings) -> ServedModel:
+        """
+        Raises:
+            UnsupportedModel: the folder is missing or is no model baton can serve.
+        """
+        folder = model_folder(settings.model, CONFIG_PATTERNS)
+        config = read_config(folder, settings.max_model_len)
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer is None:
+            log.warning("%s has no tokenizer.json: prompts must be token ids, answers have no text", folder)
+        return cls(
+            name=settings.served_model_name or Path(settings.model).expanduser().name,
+            limits=ModelLimits(config.max_model_len, config.vocab_size, config.sampling),
+            tokenizer=tokenizer,
+            template=ChatTemplate.load(folder) if tokenizer is not None else None,
+            created=int(time.time()),
+        )
+
+    def check_name(self, name: str | None) -> None:
+        """
+        Raises:
+            ModelNotFound: `name` is given and is not this model's.
+        """
+        if name and name != self.name:
+            raise ModelNotFound(
+                f"model: {name!r} is not served here; this cluster serves {self.name!r}", field="model"
+            )
+
+    def require_tokenizer(self, field: str) -> Tokenizer:
+        """
+        Raises:
+            InvalidRequest: the model has none, so `field` cannot be text.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                f"{field}: this model has no tokenizer, so text cannot be used; send token ids as `prompt`",
+                field=field,
+            )
+        return self.tokenizer
+
+    async def encode(
+        self, text: str, field: str, limits: ModelLimits, *, add_special_tokens: bool
+    ) -> list[int]:
+        """The token ids of a prompt given as text in `field`, checked against `limits`.
+
+        Raises:
+            InvalidRequest: there is no tokenizer, or the prompt is empty or too long.
+        """
+        tokenizer = self.require_tokenizer(field)
+        check_prompt_length(tokenizer.fewest_tokens(text), limits, field)
+        if len(text) <= _INLINE_CHARACTERS:
+            token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        check_prompt(token_ids, limits, field)
+        return token_ids
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None,
+        variables: Mapping[str, Any] | None,
+    ) -> str:
+        """The prompt of a chat.
+
+        Raises:
+            InvalidRequest: there is no tokenizer or template, or the template refuses the chat.
+        """
+        self.require_tokenizer("messages")
+        if self.template is None:
+            raise InvalidRequest(
+                "messages: this model has no chat template; use /v1/completions", field="messages"
+            )
+        plain = [_plain(at, message) for at, message in enumerate(messages)]
+        try:
+            return self.template.render(
+                plain, add_generation_prompt=add_generation_prompt is not False, variables=variables
+            )
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"messages: the model's chat template refuses them: {error}", field="messages"
+            ) from error
+
+
+def _plain(at: int, message: Message) -> dict[str, str]:
+    """A message as templates expect it: content is one string."""
+    content = message.content
+    if content is None:
+        if message.role != "assistant":
+            field = f"messages[{at}].content"
+            raise InvalidRequest(f"{field}: must be text, got null", field=field)
+        content = ""
+    if not isinstance(content, str):
+        content = "\n".join(part.text for part in content)
+    # OpenAI's newer name for the same role; templates know the older one.
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.reasoning_content is not None:
+        plain["reasoning_content"] = message.reasoning_content
+    return plain

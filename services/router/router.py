@@ -1,0 +1,144 @@
+"""The router process as one value: builds its parts, runs them, and stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+
+from baton.config import Settings
+from baton.routing import Policy, Unplaceable, create_policy
+from baton.rpc.server import Server
+from baton.rpc.v1 import inference_pb2_grpc, worker_pb2
+from services.router.admission import Admission
+from services.router.app import App
+from services.router.cluster import Cluster
+from services.router.frontend import Frontend
+from services.router.grpc_front import InferenceService
+from services.router.http_server import HttpServer, listen
+from services.router.lifecycle import ClusterChanges, Lifecycle
+from services.router.metrics import Metrics
+from services.router.model import ServedModel
+from services.router.placement import Placer
+from services.router.sessions import SessionPool
+
+log = logging.getLogger(__name__)
+
+_READINESS_CHECK_S = 1.0
+
+
+class Router:
+    """Everything between the clients' sockets and the workers' sessions. `run` serves until `stop` is set."""
+
+    def __init__(self, settings: Settings, cluster: Cluster) -> None:
+        """
+        Raises:
+            UnsupportedModel: the model cannot be read.
+        """
+        self._settings = settings.router
+        self.model = ServedModel.load(settings.model)
+        self.metrics = Metrics(self.model.name)
+        self._cluster = cluster
+        self._changes = ClusterChanges()
+        router_id = f"router-{socket.gethostname()}-{os.getpid()}"
+        self.sessions = SessionPool(router_id, self.on_load, self._changes.notify)
+        policy: Policy = create_policy(self._settings.policy, random.Random())
+        self._placer = Placer(policy, cluster, self.sessions)
+        lifecycle = Lifecycle(
+            self._placer,
+            self.sessions,
+            self._changes,
+            self.model.tokenizer,
+            self.metrics,
+            policy=self._settings.policy,
+            max_placements=self._settings.max_placements,
+        )
+        self.frontend = Frontend(
+            model=self.model,
+            placer=self._placer,
+            lifecycle=lifecycle,
+            admission=Admission(self._settings.max_running, self.metrics),
+            metrics=self.metrics,
+            request_timeout_s=self._settings.request_timeout_s,
+        )
+        self.http_port = 0
+        self.grpc_port = 0
+
+    def on_workers(self) -> None:
+        """The registry's workers changed: hold sessions with them."""
+        self.sessions.sync(worker.view for worker in self._cluster.workers.values())
+        self._changes.notify()
+
+    def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None:
+        self._placer.on_load(worker_id, load)
+
+    def on_gone(self, worker_id: str) -> None:
+        self._placer.forget(worker_id)
+
+    async def run(self, stop: asyncio.Event, listening: asyncio.Event) -> None:
+        """Serve until `stop` is set, then let running requests finish for a bounded time.
+
+        Sets `listening`, after which `http_port` and `grpc_port` are the real ones.
+
+        Raises:
+            BadSetting: a port is taken.
+        """
+        grace_s = self._settings.stop_grace_s
+        http = HttpServer(App(self.frontend, self._settings.max_body_bytes), grace_s=grace_s)
+        with listen(self._settings.host, self._settings.port) as listener:
+            self.http_port = listener.getsockname()[1]
+            async with Server() as server:
+                server.add(
+                    inference_pb2_grpc.add_InferenceServicer_to_server,
+                    InferenceService(self.frontend),
+                    "baton.v1.Inference",
+                )
+                self.grpc_port = server.bind(
+                    self._settings.host, self._settings.grpc_port, flag="--grpc-port"
+                )
+                await server.start()
+                async with asyncio.TaskGroup() as tasks:
+                    followers = [
+                        tasks.create_task(self._cluster.run()),
+                        tasks.create_task(self.sessions.run()),
+                        tasks.create_task(self._follow_readiness(server)),
+                    ]
+                    serving = tasks.create_task(http.serve(sockets=[listener]))
+                    log.info(
+                        "serving %s: HTTP on %s:%d, gRPC on port %d",
+                        self.model.name,
+                        self._settings.host,
+                        self.http_port,
+                        self.grpc_port,
+                    )
+                    listening.set()
+                    await stop.wait()
+                    log.info("stopping: running requests have %.0f s", grace_s)
+                    self.frontend.admission.close()
+                    http.stop()
+                    followers.pop().cancel()  # health says NOT_SERVING from here on
+                    await server.stop(grace_s)
+                    await serving
+                    for follower in followers:
+                        follower.cancel()
+
+    async def _follow_readiness(self, server: Server) -> None:
+        """Keep gRPC health in step with whether a request could be placed."""
+        was_ready: bool | None = None
+        while True:
+            try:
+                self._placer.check_ready()
+                ready, reason = True, ""
+            except Unplaceable as error:
+                ready, reason = False, error.message
+            if ready != was_ready:
+                log.info("ready" if ready else f"not ready: {reason}")
+                await server.set_serving(ready)
+                was_ready = ready
+            try:
+                async with asyncio.timeout(_READINESS_CHECK_S):
+                    await self._changes.wait()
+            except TimeoutError:
+                continue
