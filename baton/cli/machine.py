@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
@@ -39,7 +40,7 @@ def available_bytes() -> int:
 def _own_cgroups(controller: str) -> Iterator[Path]:
     """Folders of this process's cgroup for `controller` and of its ancestors, version 2 and version 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _MEMBERSHIP.read_text().splitlines()
     except OSError:
         return
     for line in lines:

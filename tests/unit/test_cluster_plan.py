@@ -1,0 +1,127 @@
+"""Which processes does `baton up` start, and with which flags?"""
+
+import json
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from baton.cli import cluster
+from baton.cli.cluster import Cluster, plan_cluster
+from baton.cli.preflight import CannotStart, check_memory
+from baton.config import resolve
+from baton.errors import UnsupportedModel
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that looks like a model with 1000 bytes of bfloat16 weights."""
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    return tmp_path
+
+
+def plan(model: Path | str, **flags: object) -> Cluster:
+    given = {"model": str(model), "port": 0, "grpc_port": 0, **flags}
+    settings, effective = resolve(given, {})
+    return plan_cluster(settings, {row.name for row in effective if row.source != "default"})
+
+
+def arguments(planned: Cluster) -> Mapping[str, dict[str, str]]:
+    """Flag to value, by process."""
+    return {
+        spec.name: dict(zip(spec.arguments[::2], spec.arguments[1::2], strict=True))
+        for spec in planned.processes
+    }
+
+
+def test_the_default_is_one_prefill_and_one_decode_worker(model: Path) -> None:
+    planned = plan(model)
+    modules = {spec.name: spec.module for spec in planned.processes}
+    assert modules == {
+        "kvstore": "services.kvstore",
+        "router": "services.router",
+        "prefill-0": "services.prefill",
+        "decode-0": "services.decode",
+    }
+    stages = {spec.role: spec.stop_stage for spec in planned.processes}
+    assert stages["router"] < stages["prefill"] == stages["decode"] < stages["kvstore"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "workers"),
+    [
+        ({"hybrid": 2}, ["hybrid-0", "hybrid-1"]),
+        ({"hybrid": 1, "prefill": 1}, ["prefill-0", "decode-0", "hybrid-0"]),
+        ({"prefill": 2, "decode": 1}, ["prefill-0", "prefill-1", "decode-0"]),
+        ({"prefill": 0}, ["decode-0"]),
+    ],
+)
+def test_hybrid_alone_replaces_the_default(model: Path, flags: dict[str, int], workers: list[str]) -> None:
+    named = [spec.name for spec in plan(model, **flags).processes]
+    assert named[2:] == workers
+
+
+def test_a_cluster_that_could_not_decode_is_refused(model: Path) -> None:
+    with pytest.raises(CannotStart, match="--decode"):
+        plan(model, decode=0)
+
+
+def test_processes_get_what_was_given_and_where_the_others_are(model: Path) -> None:
+    found = arguments(plan(model, max_waiting=7, policy="random", log_level="debug"))
+    kvstore = f"127.0.0.1:{found['kvstore']['--kvstore-port']}"
+    for name in ("router", "prefill-0", "decode-0"):
+        assert found[name]["--kvstore"] == kvstore
+        assert found[name]["--model"] == str(model)
+        assert found[name]["--log-level"] == "debug"
+    assert found["router"]["--policy"] == "random"
+    assert found["decode-0"]["--max-waiting"] == "7"
+    assert "--max-waiting" not in found["router"]
+    assert (found["decode-0"]["--role"], found["decode-0"]["--worker-id"]) == ("decode", "decode-0")
+    assert int(found["router"]["--port"]) > 0
+
+
+def test_a_url_that_may_hold_a_password_is_not_on_the_command_line(model: Path) -> None:
+    (kvstore, *others) = plan(model, redis="redis://user:secret@127.0.0.1").processes
+    assert kvstore.environ == {"BATON_REDIS": "redis://user:secret@127.0.0.1"}
+    assert not any("secret" in word for spec in (kvstore, *others) for word in spec.arguments)
+
+
+def test_cores_are_divided_between_the_workers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 8)
+    threads = {n: arguments(plan(model, hybrid=n))["hybrid-0"]["--threads"] for n in (1, 3, 8, 9)}
+    assert threads == {1: "8", 3: "2", 8: "1", 9: "1"}
+    assert arguments(plan(model, hybrid=4, threads=5))["hybrid-0"]["--threads"] == "5"
+
+
+def test_many_workers_share_half_of_the_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "available_bytes", lambda: 1_000_000)
+    assert "--kv-bytes" not in arguments(plan(model, hybrid=4))["hybrid-0"]
+    assert arguments(plan(model, hybrid=10))["hybrid-0"]["--kv-bytes"] == "50000"
+    assert "--kv-bytes" not in arguments(plan(model, hybrid=10, kv_blocks=5))["hybrid-0"]
+
+
+def test_a_taken_port_is_refused(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotStart, match=f"port {port} .*--grpc-port"):
+            plan(model, grpc_port=port)
+
+
+@pytest.mark.parametrize("name", ["", "/nowhere", "./nowhere", "a/b/c"])
+def test_a_model_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match="model"):
+        plan(name)
+
+
+def test_memory_is_counted_in_the_dtype_that_weights_will_have(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.cli.preflight.available_bytes", lambda: 3000)
+    check_memory(model, "bfloat16", workers=3, kv_bytes=0)
+    check_memory(model, "auto", workers=1, kv_bytes=1000)
+    with pytest.raises(CannotStart, match="too little memory: 2 workers"):
+        check_memory(model, "auto", workers=2, kv_bytes=0)
+    with pytest.raises(CannotStart, match="too little memory"):
+        check_memory(model, "bfloat16", workers=1, kv_bytes=2001)
