@@ -1,0 +1,219 @@
+"""A decode worker that says what a test tells it to, over real gRPC, and a cluster that consists of such."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+
+from baton.config import KvstoreSettings, ModelSettings, RouterSettings, Settings
+from baton.kv.hashing import KvLayout
+from baton.kv.index import PrefixIndex
+from baton.routing import Role, WorkerView
+from baton.rpc.server import Server
+from baton.rpc.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from services.router.cluster import KnownWorker
+from services.router.router import Router
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL = ROOT / "models" / "baton-small"
+LAYOUT = KvLayout("fingerprint", "float32", 16, 16 * 1024, "test")
+EOS = 1
+
+
+class FakeWorker(worker_pb2_grpc.DecodeServicer):
+    """Answers every request with the tokens of `script`, from where its output so far ends.
+
+    After `hold_at` tokens it waits for `go_on`. The next errors of `errors` are answered instead,
+    one per Start. `break_at` ends the whole session after so many tokens, once.
+    """
+
+    def __init__(self, worker_id: str, script: list[int]) -> None:
+        self.worker_id = worker_id
+        self.script = script
+        self.errors: list[worker_pb2.RequestError] = []
+        self.hold_at: int | None = None
+        self.go_on = asyncio.Event()
+        self.break_at: int | None = None
+        self.starts: list[worker_pb2.Start] = []
+        self.cancelled: set[int] = set()
+        self.running: dict[int, asyncio.Task[None]] = {}
+        self.changed = asyncio.Condition()
+        self.address = ""
+        self.sessions = 0
+
+    async def wait_for(self, condition: str) -> None:
+        """Until the expression over `self` holds; five seconds at most."""
+        async with asyncio.timeout(5), self.changed:
+            await self.changed.wait_for(lambda: eval(condition, {"self": self, "len": len}))
+
+    async def _note(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def Session(
+        self, requests: AsyncIterator[worker_pb2.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        self.sessions += 1
+        writing = asyncio.Lock()
+        broken = asyncio.Event()
+
+        async def write(output: worker_pb2.RequestOutput) -> None:
+            async with writing:
+                load = worker_pb2.WorkerLoad(total_blocks=4096, free_blocks=4000)
+                await context.write(worker_pb2.StepOutputs(outputs=[output], load=load))
+
+        async def read(tasks: asyncio.TaskGroup) -> None:
+            async for message in requests:
+                if message.HasField("start"):
+                    self.starts.append(message.start)
+                    task = tasks.create_task(self._generate(message.start, write, broken))
+                    self.running[message.start.key] = task
+                elif message.HasField("cancel"):
+                    self.cancelled.add(message.cancel.key)
+                    if task := self.running.get(message.cancel.key):
+                        task.cancel()
+                await self._note()
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reading = tasks.create_task(read(tasks))
+                breaking = tasks.create_task(broken.wait())
+                await asyncio.wait([reading, breaking], return_when=asyncio.FIRST_COMPLETED)
+                for task in (reading, breaking, *self.running.values()):
+                    task.cancel()
+        finally:
+            self.sessions -= 1
+            await self._note()
+        if broken.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker broke the session")
+
+    async def _generate(self, start: worker_pb2.Start, write, broken: asyncio.Event) -> None:
+        try:
+            if self.errors:
+                await write(worker_pb2.RequestOutput(key=start.key, error=self.errors.pop(0)))
+                return
+            await self._answer(start, write, broken)
+        finally:
+            self.running.pop(start.key, None)
+            await asyncio.shield(self._note())
+
+    async def _answer(self, start: worker_pb2.Start, write, broken: asyncio.Event) -> None:
+        sampling = start.sampling
+        for at in range(len(start.output_token_ids), sampling.max_tokens):
+            if at == self.hold_at:
+                await self.go_on.wait()
+            if at == self.break_at:
+                self.break_at = None
+                broken.set()
+                await asyncio.Event().wait()
+            token = self.script[at] if at < len(self.script) else EOS
+            output = worker_pb2.RequestOutput(key=start.key, token_ids=[token])
+            if sampling.HasField("logprobs"):
+                output.logprobs.append(logprobs(token, sampling.logprobs))
+            if at == len(start.output_token_ids):
+                output.prefill.kind = (
+                    worker_pb2.PrefillReport.REMOTE if start.prefill_address else worker_pb2.PrefillReport.LOCAL
+                )
+                output.prefill.cached_tokens = 3
+                if sampling.HasField("prompt_logprobs") and at == 0:
+                    output.prompt_logprobs.extend(
+                        logprobs(prompt_token, sampling.prompt_logprobs)
+                        for prompt_token in start.prompt_token_ids[1:]
+                    )
+            if token in sampling.stop_token_ids and at >= sampling.min_tokens:
+                output.stop_token_id, output.stopped_by_token_id = token, True
+                output.finish_reason = inference_pb2.FINISH_REASON_STOP
+            elif token == EOS and not sampling.ignore_eos:
+                output.finish_reason = inference_pb2.FINISH_REASON_STOP
+            elif at + 1 == sampling.max_tokens:
+                output.finish_reason = inference_pb2.FINISH_REASON_LENGTH
+            await write(output)
+            if output.finish_reason:
+                return
+
+
+def logprobs(token: int, top: int) -> inference_pb2.PositionLogprobs:
+    return inference_pb2.PositionLogprobs(
+        chosen=inference_pb2.TokenLogprob(token_id=token, logprob=-0.5, rank=1),
+        top=[
+            inference_pb2.TokenLogprob(token_id=token + rank - 1, logprob=-0.5 * rank, rank=rank)
+            for rank in range(1, top + 1)
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class FakeCluster:
+    """A registry that never changes by itself."""
+
+    workers: Mapping[str, KnownWorker]
+    index: PrefixIndex
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
+def known(
+    worker_id: str, address: str, role: Role = Role.HYBRID, total_blocks: int = 4096
+) -> KnownWorker:
+    view = WorkerView(worker_id, "one", address, role, total_blocks, total_blocks)
+    return KnownWorker(view, LAYOUT, 16384)
+
+
+@asynccontextmanager
+async def running_worker(worker: FakeWorker) -> AsyncIterator[FakeWorker]:
+    async with Server() as server:
+        server.add(worker_pb2_grpc.add_DecodeServicer_to_server, worker, "baton.v1.Decode")
+        worker.address = f"127.0.0.1:{server.bind('127.0.0.1', 0, flag='--worker-port')}"
+        await server.start()
+        yield worker
+
+
+@dataclass(frozen=True)
+class RunningRouter:
+    router: Router
+    cluster: FakeCluster
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.router.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.router.grpc_port}"
+
+
+@asynccontextmanager
+async def running_router(
+    *workers: FakeWorker | KnownWorker, model: Path = MODEL, **changes: object
+) -> AsyncIterator[RunningRouter]:
+    """A router in front of `workers`, ready; stopped at the end. `changes` are router settings."""
+    entries = [known(w.worker_id, w.address) if isinstance(w, FakeWorker) else w for w in workers]
+    cluster = FakeCluster({entry.view.worker_id: entry for entry in entries}, PrefixIndex())
+    settings = Settings(
+        model=ModelSettings(model=str(model)),
+        router=replace(
+            RouterSettings(port=0, grpc_port=0, policy="round-robin", stop_grace_s=1.0), **changes
+        ),
+        kvstore=KvstoreSettings(),
+    )
+    router = Router(settings, cluster)
+    router.on_workers()
+    stop, listening = asyncio.Event(), asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(router.run(stop, listening))
+        try:
+            async with asyncio.timeout(10):
+                await listening.wait()
+                for worker_id, entry in cluster.workers.items():
+                    while entry.view.role.decodes and router.sessions.connected(worker_id) is None:
+                        await asyncio.sleep(0.01)
+            yield RunningRouter(router, cluster)
+        finally:
+            stop.set()
+            await running
