@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -62,6 +62,38 @@ def torch_build() -> Finding:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         return Finding("torch", Verdict.FAIL, found, "pip install 'torch>=2.11'")
     return Finding("torch", Verdict.OK, found)
+
+
+def nixl() -> Iterator[Finding]:
+    """NIXL's import and plugins, and a real read between two processes."""
+    from baton.transfer.base import TransferUnavailable
+    from baton.transfer.loopback import loopback_check
+
+    try:
+        report = loopback_check()
+    except TransferUnavailable as error:
+        yield Finding(
+            "NIXL",
+            Verdict.FAIL,
+            error.message,
+            "reinstall it: pip install --force-reinstall nixl; UCX_LOG_LEVEL=info shows more",
+        )
+        return
+    yield Finding("NIXL", Verdict.OK, f"{report.nixl_version}, plugins: {', '.join(sorted(report.plugins))}")
+    if "UCX" not in report.plugins:
+        yield Finding(
+            "NIXL plugins", Verdict.FAIL, "no UCX plugin", "reinstall it: pip install --force-reinstall nixl"
+        )
+    speed = f"{report.bytes_per_s / 1e9:.1f} GB/s between two processes, over {report.path}"
+    if "tcp" in report.path:
+        yield Finding(
+            "NIXL read",
+            Verdict.NOTE,
+            speed,
+            "slow for one machine: let UCX use shared memory (UCX_TLS, /dev/shm)",
+        )
+    else:
+        yield Finding("NIXL read", Verdict.OK, speed)
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
@@ -162,10 +194,6 @@ def base_install() -> Finding | None:
         f"base install ({', '.join(missing)} not installed): router, kvstore, chat and config work here",
         "to run workers: pip install 'baton-serve[worker]'",
     )
-
-
-def package_version(name: str) -> str:
-    return importlib.metadata.version(name)
 
 
 def _nvidia_smi() -> list[str]:

@@ -7,6 +7,7 @@ import click
 from baton import __version__
 from baton.cli.chat import chat
 from baton.cli.config import config
+from baton.cli.doctor import doctor
 from baton.cli.run import PROCESS_COMMANDS
 from baton.cli.up import up
 
@@ -17,7 +18,7 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (up, chat, config, *PROCESS_COMMANDS):
+for command in (up, chat, doctor, config, *PROCESS_COMMANDS):
     main.add_command(command)
 
 
