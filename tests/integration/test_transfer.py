@@ -17,7 +17,8 @@ import torch
 from baton.errors import HandoffFailed
 from baton.kv.hashing import KvLayout
 from baton.transfer import PoolDescription, Transfer, create_transfer
-from baton.transfer.base import DRAIN_S
+from baton.transfer.base import DRAIN_S, TransferUnavailable
+from baton.transfer.loopback import loopback_check
 from baton.transfer.wire import description_from_proto, description_to_proto
 from tests.integration.pool_process import PoolProcess
 
@@ -363,3 +364,17 @@ async def test_killed_processes_leave_nothing_behind(start_source: StartSource) 
     victim.kill()
     source.kill()
     assert left() <= before
+
+
+def test_the_loopback_check_says_how_fast_and_over_what(network: str) -> None:
+    report = loopback_check(size_bytes=8 * 1024 * 1024)
+    assert report.bytes == 8 * 1024 * 1024
+    assert report.bytes_per_s > 0
+    assert "UCX" in report.plugins
+    assert ("tcp" in report.path) == (network == "tcp")
+
+
+def test_the_loopback_check_says_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TLS", "no-such-transport")
+    with pytest.raises(TransferUnavailable, match="cannot start its UCX backend"):
+        loopback_check(size_bytes=1024 * 1024)
