@@ -1,0 +1,78 @@
+"""The KV really travels over NIXL, is counted to the byte, and a broken registration fails over in sight."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.cluster import Cluster
+from tests.conftest import StartCluster
+
+
+@pytest.fixture(scope="module")
+def remote(start_cluster: StartCluster) -> Iterator[Cluster]:
+    """A cluster whose policy prefills remotely whatever the curves predict."""
+    with start_cluster("--policy", "round-robin") as up:
+        yield up
+
+
+def scrape(address: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample of a /metrics page by name and labels."""
+    text = httpx.get(f"http://{address}/metrics").text
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def counter(address: str, name: str, **labels: str) -> float:
+    return scrape(address).get((name, tuple(sorted(labels.items()))), 0.0)
+
+
+def ask(cluster: Cluster, prompt: list[int], **extra: Any) -> httpx.Response:
+    body = {"model": "baton-small", "prompt": prompt, "temperature": 0, "ignore_eos": True, **extra}
+    response = httpx.post(f"{cluster.base_url}/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def random_prompt(length: int) -> list[int]:
+    draw = random.SystemRandom()
+    return [draw.randrange(100, 4000) for _ in range(length)]
+
+
+def test_bytes_read_are_blocks_times_block_bytes(remote: Cluster) -> None:
+    status = remote.status("decode-0")
+    metrics, layout = status.metrics_address, status.layout
+    for length in (1, 16, 17, 100, 700):
+        before = counter(metrics, "baton_kv_transfer_bytes_total")
+        answer = ask(remote, random_prompt(length), max_tokens=4)
+        moved = counter(metrics, "baton_kv_transfer_bytes_total") - before
+        assert answer.headers["x-baton-prefill"] == "remote"
+        assert moved == -(-length // layout.block_size) * layout.block_bytes
+    assert remote.status("decode-0").kv_transfer_bytes == counter(metrics, "baton_kv_transfer_bytes_total")
+
+
+def test_blocks_the_decode_worker_holds_do_not_travel_again(remote: Cluster) -> None:
+    status = remote.status("decode-0")
+    metrics, layout = status.metrics_address, status.layout
+    prompt = random_prompt(10 * layout.block_size)
+    ask(remote, prompt, max_tokens=2)
+    before = counter(metrics, "baton_kv_transfer_bytes_total")
+    longer = ask(remote, prompt + random_prompt(20 * layout.block_size), max_tokens=2)
+    moved = counter(metrics, "baton_kv_transfer_bytes_total") - before
+    assert longer.headers["x-baton-prefill"] == "remote"
+    assert moved == 20 * layout.block_bytes
+
+
+def test_a_request_that_ends_with_its_first_token_moves_no_kv(remote: Cluster) -> None:
+    metrics = remote.status("decode-0").metrics_address
+    before = counter(metrics, "baton_kv_transfer_bytes_total")
+    assert ask(remote, random_prompt(200), max_tokens=1).headers["x-baton-prefill"] == "remote"
+    assert counter(metrics, "baton_kv_transfer_bytes_total") == before
