@@ -117,7 +117,9 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
                 output.logprobs.append(logprobs(token, sampling.logprobs))
             if at == len(start.output_token_ids):
                 output.prefill.kind = (
-                    worker_pb2.PrefillReport.REMOTE if start.prefill_address else worker_pb2.PrefillReport.LOCAL
+                    worker_pb2.PrefillReport.REMOTE
+                    if start.prefill_address
+                    else worker_pb2.PrefillReport.LOCAL
                 )
                 output.prefill.cached_tokens = 3
                 if sampling.HasField("prompt_logprobs") and at == 0:
@@ -158,9 +160,7 @@ class FakeCluster:
         await asyncio.Event().wait()
 
 
-def known(
-    worker_id: str, address: str, role: Role = Role.HYBRID, total_blocks: int = 4096
-) -> KnownWorker:
+def known(worker_id: str, address: str, role: Role = Role.HYBRID, total_blocks: int = 4096) -> KnownWorker:
     view = WorkerView(worker_id, "one", address, role, total_blocks, total_blocks)
     return KnownWorker(view, LAYOUT, 16384)
 
