@@ -183,10 +183,14 @@ class RedisBackend(Backend):
                 await self._round()
                 await asyncio.sleep(_ROUND_PAUSE_S if self._up else _RETRY_S)
         finally:
-            # What happened in the last moments before the stop.
+            # The last moments. Which writes of a round cut short have arrived is not known, so every
+            # member is checked, and those that Redis turns out to lack are written anew.
+            self._dirty = dict.fromkeys(self._mirrors)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_TIMEOUT_S):
                     await self._round()
+                    while self._dirty and self._up:
+                        await self._round()
             await self._redis.aclose()
 
     async def _round(self) -> None:

@@ -1,0 +1,117 @@
+"""Real kvstore and Redis processes for tests, on ports of their own, which can be killed and restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEADLINE_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    """Wait until `condition` holds; fail with `what` when it does not in time."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + DEADLINE_S
+    while not condition():
+        assert loop.time() < deadline, f"not in {DEADLINE_S} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+class Process:
+    """A process on a fixed port, so that it can come back where it was."""
+
+    def __init__(self, log: Path) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said_before = 0
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    async def start(self) -> Self:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
+        with self._log.open("ab") as log:
+            self._said_before = log.tell()
+            self._process = subprocess.Popen(
+                self.command(), cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        await until(self._ready, f"{self.command()} is ready")
+        return self
+
+    def _ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"{self.command()} ended:\n{self.log}"
+        return "ready" in self.log[self._said_before :].lower()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send the signal and wait for the end; returns the exit status. Does nothing when it has ended."""
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        try:
+            return self._process.wait(DEADLINE_S)
+        finally:
+            self._process.kill()
+            self._process = None
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+class RedisProcess(Process):
+    """A redis-server that keeps nothing on disk."""
+
+    @property
+    def url(self) -> str:
+        return f"redis://{self.address}/0"
+
+    def command(self) -> list[str]:
+        return ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+
+
+class KvstoreProcess(Process):
+    """A kvstore; `redis` is a URL, or empty for the memory backend."""
+
+    def __init__(self, log: Path, *, redis: str = "", ttl_s: float = 3.0) -> None:
+        super().__init__(log)
+        self._redis = redis
+        self._ttl_s = ttl_s
+        self._metrics_port = free_port()
+
+    def command(self) -> list[str]:
+        ports = ["--kvstore-port", str(self.port), "--metrics-port", str(self._metrics_port)]
+        chosen = ["--worker-ttl-s", str(self._ttl_s), *(["--redis", self._redis] if self._redis else [])]
+        return [sys.executable, "-m", "services.kvstore", *ports, *chosen]
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        """The value of one sample on /metrics, None when it is not there."""
+        with urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=DEADLINE_S) as response:
+            text = response.read().decode()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == labels:
+                    return float(sample.value)
+        return None
