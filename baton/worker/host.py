@@ -84,8 +84,8 @@ def load(settings: Settings) -> Loaded:
         settings.model.dtype,
         settings.model.max_model_len,
     )
-    block_size = chosen.block_size or preferred_block_size(device)
     specs = model.attention_specs
+    block_size = chosen.block_size or preferred_block_size(device, model.dtype, specs)
     blocks = pool_blocks(chosen, block_bytes(specs, model.dtype, block_size), device)
     attention = create_backend(device, model.dtype, specs, blocks, block_size, model.fingerprint)
     pool = BlockPool(blocks)

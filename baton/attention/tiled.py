@@ -1,8 +1,9 @@
-"""Attention on the CPU: paged keys and values, bit for bit independent of batching and chunking.
+"""Attention in plain torch for any device: on CPU always, on a GPU where the fast kernels do not apply.
 
-Keys are visited in tiles that start at multiples of `TILE` in the sequence's own positions, and merged
-with an online softmax. A tile none of whose keys a query may see leaves that query's sums unchanged
-exactly, so it does not matter whether a batch mate made us visit it.
+On CPU the results are bit for bit independent of batching, chunking and threads. Keys are visited in
+tiles that start at multiples of `_TILE` in the sequence's own positions, and merged with an online
+softmax. A tile none of whose keys a query may see leaves that query's sums unchanged exactly, so it
+does not matter whether a batch mate made us visit it.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ _ROW_MULTIPLE = 4
 _NEVER = -1e30
 
 
-class CpuKvCache(KvCache):
+class TiledKvCache(KvCache):
     """[blocks, layers, 2 (keys, values), kv_heads, block_size, head_dim]."""
 
-    def __init__(self, layout: KvLayout, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: KvLayout, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.layout, self.total_blocks = layout, shape[0]
-        self._storage = torch.zeros(*shape, dtype=dtype)
+        self._storage = torch.zeros(*shape, dtype=dtype, device=device)
 
     @property
     def storage(self) -> torch.Tensor:
@@ -73,13 +76,14 @@ class _Group:
     tiles: dict[int | None, list[_Tile]]
 
 
-class CpuAttention(AttentionBackend):
+class TiledAttention(AttentionBackend):
     """See the module. Every layer must have the same kv_heads and head_dim."""
 
-    name = "cpu"
+    name = "tiled"
 
-    def __init__(self, specs: Sequence[AttentionSpec], cache: CpuKvCache) -> None:
+    def __init__(self, specs: Sequence[AttentionSpec], cache: TiledKvCache) -> None:
         self.cache = cache
+        self._device = cache.storage.device
         self._specs = tuple(specs)
         _, self._layers, _, self._kv_heads, self._block_size, self._head_dim = cache.storage.shape
         self._tile = max(_TILE, self._block_size)
@@ -105,7 +109,7 @@ class CpuAttention(AttentionBackend):
                 rows = min(_PIECE_ROWS, new - start)
                 pieces.append(_Piece(row + start, rows, context - new + start, blocks))
             row += new
-        self._new_rows = torch.cat(slots).flatten()
+        self._new_rows = torch.cat(slots).flatten().to(self._device)
         self._groups = [self._group(group) for group in _alike(pieces)]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -117,7 +121,7 @@ class CpuAttention(AttentionBackend):
         # An overflow in one request must stay its own: hidden keys weigh 0, and 0 * inf is NaN.
         finite = v.nan_to_num().reshape(-1, self._head_dim)
         self._token_rows[token + self._kv_heads * self._block_size :].index_copy_(0, self._new_rows, finite)
-        out = torch.empty(q.shape[0], spec.heads * spec.head_dim, dtype=q.dtype)
+        out = q.new_empty(q.shape[0], spec.heads * spec.head_dim)
         for group in self._groups:
             result = self._attend_group(spec, group, q, keys, values)
             out.index_copy_(0, group.result_rows, result)
@@ -131,9 +135,9 @@ class CpuAttention(AttentionBackend):
         batch, rows = group.pieces * heads, group.padded * share
         queries = q.index_select(0, group.batch_rows).view(group.pieces, group.padded, heads, share, dim)
         queries = queries.transpose(1, 2).reshape(batch, rows, dim)
-        top = torch.full((batch, rows, 1), _NEVER)
-        weight = torch.zeros(batch, rows, 1)
-        total = torch.zeros(batch, rows, dim)
+        top = torch.full((batch, rows, 1), _NEVER, device=self._device)
+        weight = torch.zeros(batch, rows, 1, device=self._device)
+        total = torch.zeros(batch, rows, dim, device=self._device)
         for tile in group.tiles[spec.window]:
             tile_keys = keys.index_select(0, tile.block_rows).view(batch, self._tile, dim)
             tile_values = values.index_select(0, tile.block_rows).view(batch, self._tile, dim)
@@ -170,8 +174,8 @@ class CpuAttention(AttentionBackend):
             pieces=len(pieces),
             rows=rows,
             padded=padded,
-            batch_rows=(first_rows[:, None] + offsets).flatten(),
-            result_rows=(first_rows[:, None] + torch.arange(rows)).flatten(),
+            batch_rows=(first_rows[:, None] + offsets).flatten().to(self._device),
+            result_rows=(first_rows[:, None] + torch.arange(rows)).flatten().to(self._device),
             tiles={window: self._tiles(pieces, offsets, window) for window in self._windows},
         )
 
@@ -201,7 +205,8 @@ class CpuAttention(AttentionBackend):
             hidden = keys > queries
             if window is not None:
                 hidden |= keys <= queries - window
-            tiles.append(_Tile(block_rows[:, number].flatten(), hidden if bool(hidden.any()) else None))
+            mask = hidden.to(self._device) if bool(hidden.any()) else None
+            tiles.append(_Tile(block_rows[:, number].flatten().to(self._device), mask))
         return tiles
 
     def _table(self, blocks: Sequence[int], first: int, last: int, count: int) -> list[int]:
