@@ -33,9 +33,13 @@ class ConnectionLost(Exception):
 
 
 class Retry:
-    """Pauses between attempts to reach the kvstore, and one log line per outage instead of per attempt."""
+    """Pauses between attempts to reach the kvstore, and one log line per outage instead of per attempt.
 
-    def __init__(self, address: str) -> None:
+    `what` names in the log what is sent to the kvstore at `address`, or heard from it.
+    """
+
+    def __init__(self, what: str, address: str) -> None:
+        self._what = what
         self._address = address
         self._pause_s = _FIRST_RETRY_S
         self._told = False
@@ -43,7 +47,7 @@ class Retry:
     def reached(self) -> None:
         """The kvstore answers."""
         if self._told:
-            log.info("kvstore at %s is back", self._address)
+            log.info("%s: the kvstore at %s is back", self._what, self._address)
         self._pause_s, self._told = _FIRST_RETRY_S, False
 
     @asynccontextmanager
@@ -57,7 +61,12 @@ class Retry:
         except* (grpc.aio.AioRpcError, ConnectionLost, TimeoutError) as group:
             if not self._told:
                 self._told = True
-                log.warning("kvstore at %s is away, going on without it: %s", self._address, _reason(group))
+                log.warning(
+                    "%s: the kvstore at %s is away, going on without it: %s",
+                    self._what,
+                    self._address,
+                    _reason(group),
+                )
             await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))
             self._pause_s = min(2 * self._pause_s, _LAST_RETRY_S)
 
@@ -169,7 +178,7 @@ class WorkerMembership:
         """Stay in touch with the kvstore until cancelled, which takes the worker out of the registry."""
         self._events_bell.attach()
         self._beat_bell.attach()
-        retry = Retry(self._address)
+        retry = Retry("membership", self._address)
         try:
             async with open_channel(self._address) as channel:
                 while True:
