@@ -30,9 +30,8 @@ from baton.models.base import Model
 from baton.models.loader import load_model
 from baton.routing.view import Role
 from baton.rpc.kvstore_client import WorkerMembership
-from baton.rpc.cluster_watch import ClusterWatch
-from baton.rpc.cluster_watch import Peer as KnownWorker
-from baton.rpc.cluster_watch import PeerListener
+from baton.rpc.registry_watch import Peer as KnownWorker
+from baton.rpc.registry_watch import PeerListener, RegistryWatch
 from baton.rpc.server import Server
 from baton.rpc.v1 import kvstore_pb2, worker_pb2_grpc
 from baton.transfer import create_transfer
@@ -219,7 +218,7 @@ class Worker:
         state, chosen = self._state, self._settings.worker
         kvstore = self._settings.kvstore
         async with asyncio.TaskGroup() as tasks:
-            watch = ClusterWatch(
+            watch = RegistryWatch(
                 kvstore.kvstore,
                 ttl_s=kvstore.worker_ttl_s,
                 listener=_WarmUp(self._peers, state.worker_id, tasks),
