@@ -34,14 +34,19 @@ class BodyParser(Generic[Body]):
         try:
             return self._decoder.decode(body)
         except msgspec.ValidationError as error:
+            refusal = invalid(error)
             if "unknown field" not in str(error):
-                raise invalid(error) from error
+                raise refusal from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _not_json(body, error) from error
         # Off the usual path: drop fields that ask for nothing and judge the rest again.
         try:
             return self.convert(msgspec.json.decode(body))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except RecursionError as error:
+            # The decoder skips what it does not know, so this is most likely the field it met first.
+            field = refusal.field or "body"
+            raise InvalidRequest(f"{field}: nested too deeply", field=field) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _not_json(body, error) from error
 
     def convert(self, content: object) -> Body:
@@ -84,7 +89,7 @@ def _asks_for_nothing(name: str, value: object, content: Mapping[str, object]) -
     # `==` alone would let False pass for 0 and True for 1.
     if any(type(value) is type(allowed) and value == allowed for allowed in neutral):
         return True
-    if name == "best_of" and value == content.get("n", 1):
+    if name == "best_of" and type(value) is int and value == content.get("n"):
         return True
     raise InvalidRequest(f"{name}: {_shown(value)} is not supported here; leave {name} out", field=name)
 
@@ -95,13 +100,14 @@ def _shown(value: object) -> str:
 
 
 def _not_json(body: bytes, error: Exception) -> InvalidRequest:
+    if isinstance(error, RecursionError):
+        return InvalidRequest("body: nested too deeply", field="body")
     field = _field_at_fault(body)
     if field is not None:
         return InvalidRequest(
             f"{field}: holds something JSON cannot (NaN, Infinity, or text that is not UTF-8)", field=field
         )
-    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    return InvalidRequest(f"body: not valid JSON: {reason}", field="body")
+    return InvalidRequest(f"body: not valid JSON: {error}", field="body")
 
 
 def _field_at_fault(body: bytes) -> str | None:

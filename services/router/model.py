@@ -84,6 +84,8 @@ class ServedModel:
             InvalidRequest: there is no tokenizer, or the prompt is empty or too long.
         """
         tokenizer = self.require_tokenizer(field)
+        if not text:
+            raise InvalidRequest(f"{field}: must not be empty", field=field)
         check_prompt_length(tokenizer.fewest_tokens(text), limits, field)
         if len(text) <= _INLINE_CHARACTERS:
             token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
