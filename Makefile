@@ -42,10 +42,10 @@ $(STAMP): pyproject.toml constraints.txt
 	  -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Programs that tests run beside Python: Redis for the shared index, Node and curl for the examples.
+# Programs that tests run beside Python: Redis for the shared index, openssl for TLS to it, Node and curl for the examples.
 test-tools:
 	@missing=; \
-	for tool in redis-server:redis-server node:nodejs npm:npm curl:curl; do \
+	for tool in redis-server:redis-server node:nodejs npm:npm curl:curl openssl:openssl; do \
 	  command -v "$${tool%%:*}" >/dev/null || missing="$$missing $${tool#*:}"; \
 	done; \
 	[ -z "$$missing" ] && exit 0; \

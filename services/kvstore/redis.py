@@ -52,7 +52,8 @@ _SCAN_COUNT = 4096
 _TIMEOUT_S = 2.0
 _LOAD_TIMEOUT_S = 10.0
 _ROUND_PAUSE_S = 0.05
-_RETRY_S = 0.5
+_FIRST_RETRY_S = 0.5
+_LAST_RETRY_S = 8.0
 _ALL_TIERS = sum(1 << tier for tier in Tier)
 
 # KEYS: member, blocks. ARGV: mode, incarnation, expected sequence, new sequence, retention, change,
@@ -176,12 +177,15 @@ class RedisBackend(Backend):
     # ---- writing ------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        pause_s = 0.0
         try:
             while True:
                 await self._work.wait()
                 self._work.clear()
                 await self._round()
-                await asyncio.sleep(_ROUND_PAUSE_S if self._up else _RETRY_S)
+                # What failed is written anew as a whole, so a Redis in trouble is not pressed.
+                pause_s = _ROUND_PAUSE_S if self._up else max(_FIRST_RETRY_S, min(2 * pause_s, _LAST_RETRY_S))
+                await asyncio.sleep(pause_s)
         finally:
             # The last moments. Which writes of a round cut short have arrived is not known, so every
             # member is checked, and those that Redis turns out to lack are written anew.

@@ -92,6 +92,24 @@ class RedisProcess(Process):
         return ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
 
 
+class SecureRedisProcess(RedisProcess):
+    """A redis-server that speaks TLS only and wants a password."""
+
+    def __init__(self, log: Path, key: Path, certificate: Path) -> None:
+        super().__init__(log)
+        self._key = key
+        self._certificate = certificate
+
+    @property
+    def url(self) -> str:
+        return f"rediss://:secret@{self.address}/0?ssl_ca_certs={self._certificate}"
+
+    def command(self) -> list[str]:
+        files = ["--tls-key-file", str(self._key), "--tls-cert-file", str(self._certificate)]
+        ports = ["--port", "0", "--tls-port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        return ["redis-server", *ports, *files, "--tls-auth-clients", "no", "--requirepass", "secret"]
+
+
 class KvstoreProcess(Process):
     """A kvstore; `redis` is a URL, or empty for the memory backend."""
 

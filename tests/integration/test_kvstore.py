@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -21,10 +21,16 @@ from baton.kv.events import Event, Removed, Stored, Tier
 from baton.rpc.cluster_watch import ClusterWatch, Peer, PeerListener
 from baton.rpc.kvstore_client import WorkerMembership
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc, worker_pb2
-from tests.integration.kvstore_processes import ROOT, KvstoreProcess, Process, RedisProcess, until
+from tests.integration.kvstore_processes import (
+    ROOT,
+    KvstoreProcess,
+    Process,
+    RedisProcess,
+    SecureRedisProcess,
+    until,
+)
 
 TTL_S = 3.0
-Start = Callable[..., KvstoreProcess]
 
 
 @pytest.fixture
@@ -384,6 +390,75 @@ async def test_a_gone_worker_leaves_nothing_in_redis(
             assert await connection.dbsize() == 3
         while await connection.dbsize():
             await asyncio.sleep(0.01)
+
+
+async def test_a_redis_that_forgot_is_written_anew(
+    redis: RedisProcess, redis_kvstore: KvstoreProcess
+) -> None:
+    """Nothing fails here: the keys are simply not where the kvstore left them."""
+    big = [number.to_bytes(16, "big") for number in range(10_000)]
+    a, seen = Publisher(redis_kvstore.address, "a"), watch(redis_kvstore)
+    async with redis_client.from_url(redis.url) as connection, running(a.membership, seen):
+        a.held = dict.fromkeys(big, ())
+        a.membership.publish([Stored(big)])
+        written = "baton_kvstore_redis_blocks_total"
+        await until(lambda: (redis_kvstore.metric(written) or 0) >= 10_000, "Redis has it")
+        await connection.flushdb()
+        await until(lambda: (redis_kvstore.metric(written) or 0) >= 20_000, "Redis has it again")
+        await until(lambda: "Redis lost writes of worker a" in redis_kvstore.log, "the log says so")
+        redis_kvstore.kill()
+        await redis_kvstore.start()
+        assert "read 1 workers and 10000 blocks from Redis" in redis_kvstore.log
+        await until(lambda: seen.connected and seen.index.lookup(big) == {"a": 10_000}, "it is served")
+        assert a.snapshots == 1
+
+
+async def test_redis_over_tls_with_a_password(tmp_path: Path, processes: list[Process]) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    server = SecureRedisProcess(tmp_path / "redis.log", key, certificate)
+    store = KvstoreProcess(tmp_path / "kvstore.log", redis=server.url)
+    for process in (server, store):
+        processes.append(process)
+        await process.start()
+    assert "read 0 workers and 0 blocks from Redis" in store.log
+    a = Publisher(store.address, "a")
+    async with running(a.membership):
+        a.store(1)
+        await until(lambda: store.metric("baton_kvstore_redis_blocks_total") == 1, "Redis has it")
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
+def test_a_url_that_is_not_one_is_refused_at_start(tmp_path: Path, url: str) -> None:
+    command = [sys.executable, "-m", "services.kvstore", "--kvstore-port", "0", "--redis", url]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "--redis" in ended.stderr
+
+
+async def test_what_does_not_fit_the_buffer_while_the_kvstore_is_away_comes_as_a_snapshot(
+    memory_kvstore: KvstoreProcess,
+) -> None:
+    a, seen = Publisher(memory_kvstore.address, "a"), watch(memory_kvstore)
+    a.membership = WorkerMembership(memory_kvstore.address, a.worker, a._snapshot, max_buffered_blocks=50)
+    async with running(a.membership, seen):
+        a.store(1)
+        await until(lambda: seen.index.lookup(chain(1)) == {"a": 1}, "the kvstore has it")
+        for _ in range(40):
+            a.step()  # without a pause, so that the buffer overflows with the kvstore in reach
+        await until(lambda: a.agrees(seen), "the replica agrees")
+        assert a.snapshots == 2
+        a.step()
+        await until(lambda: a.agrees(seen), "events go on")
+        assert a.snapshots == 2
 
 
 class Calls:
