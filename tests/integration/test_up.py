@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -24,10 +24,11 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> No
         time.sleep(0.05)
 
 
-def shared_memory() -> set[str]:
-    """Files in /dev/shm and System V segments, by name."""
+def segments_made_by(pids: Iterable[int]) -> list[str]:
+    """System V segments that the processes made."""
+    makers = {str(pid) for pid in pids}
     segments = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
-    return {path.name for path in Path("/dev/shm").iterdir()} | {line.split()[1] for line in segments}
+    return [line for line in segments if line.split()[4] in makers]
 
 
 def paste(command: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +63,7 @@ def refused(*flags: str, environ: dict[str, str] | None = None) -> tuple[int, st
 
 
 def test_a_newcomer_gets_a_table_a_curl_that_works_and_a_clean_stop(start_cluster: StartCluster) -> None:
-    before = shared_memory()
+    before = set(Path("/dev/shm").iterdir())
     with start_cluster() as cluster:
         pids = cluster.pids()
         assert set(pids) == {"router", "kvstore", "prefill-0", "decode-0"}
@@ -77,7 +78,8 @@ def test_a_newcomer_gets_a_table_a_curl_that_works_and_a_clean_stop(start_cluste
         assert cluster.stop(signal.SIGINT) == 0
         assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
         assert list(cluster.folder.glob("baton-*")) == [], "its temporary folder is gone"
-        assert shared_memory() <= before
+        assert segments_made_by(pids.values()) == []
+        assert set(Path("/dev/shm").iterdir()) <= before
         with pytest.raises(ConnectionRefusedError):
             host, port = cluster.base_url.removeprefix("http://").split(":")
             socket.create_connection((host, int(port)), timeout=5)
