@@ -156,7 +156,7 @@ class Session:
                     TimeoutError,
                     _SessionEnded,
                 ) as group:
-                    self._break(_reason(group))
+                    log.debug("no session with %s: %s", self.worker.worker_id, _reason(group))
                 if loop.time() - began > _LAST_RETRY_S:
                     pause_s = _FIRST_RETRY_S
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
@@ -176,9 +176,11 @@ class Session:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._write(call, self._outgoing))
                 tasks.create_task(self._read(call))
+        except BaseException as error:
+            self._break(error)
+            raise
         finally:
             call.cancel()
-            self._break("the session was closed")
 
     async def _write(
         self,
@@ -213,12 +215,14 @@ class Session:
         except asyncio.QueueFull:
             raise SessionBroken(f"{self.worker.worker_id} does not read its session") from None
 
-    def _break(self, reason: str) -> None:
-        """Every request on the session fails over; the caller ends the stream or has seen it end."""
+    def _break(self, error: BaseException) -> None:
+        """The stream is over: every request on it fails over."""
         if self._outgoing is None:
             return
         self._outgoing = None
-        log.warning("session with %s broke: %s", self.worker.worker_id, reason)
+        reason = _reason(error)
+        if not isinstance(error, asyncio.CancelledError):
+            log.warning("session with %s broke: %s", self.worker.worker_id, reason)
         attempts = list(self._attempts.values())
         self._attempts.clear()
         for attempt in attempts:
@@ -293,4 +297,6 @@ def _reason(error: BaseException) -> str:
         error = error.exceptions[0]
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
+    if isinstance(error, asyncio.CancelledError):
+        return "the router closed it"
     return str(error) or "no answer in time"
