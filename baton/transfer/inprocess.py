@@ -79,11 +79,10 @@ class InProcessTransfer(Transfer):
         require_blocks(self._pool, peer, source_blocks, destination_blocks)
         for at in range(0, len(source_blocks), BLOCKS_PER_COPY):
             pool, _ = self._source(agent_name)  # it may have closed since the last copy
-            source = torch.tensor(source_blocks[at : at + BLOCKS_PER_COPY], device=pool.storage.device)
-            destination = torch.tensor(
-                destination_blocks[at : at + BLOCKS_PER_COPY], device=self._pool.storage.device
-            )
-            self._pool.storage[destination] = pool.storage[source].to(self._pool.storage.device)
+            part = slice(at, at + BLOCKS_PER_COPY)
+            there, here = pool.storage.flatten(1), self._pool.storage.flatten(1)
+            blocks = there[torch.tensor(source_blocks[part], device=there.device)]
+            here[torch.tensor(destination_blocks[part], device=here.device)] = blocks.to(here.device)
             await asyncio.sleep(0)
             if time.monotonic() - started > timeout_s:
                 raise HandoffFailed(f"{agent_name} did not deliver within {timeout_s:.1f} s")

@@ -61,9 +61,9 @@ class _Peer:
 class _Read:
     peer: _Peer
     chunks: deque[Chunk]
+    started: float
     deadline: float
     done: asyncio.Future[ReadReport]
-    started: float = field(default_factory=time.monotonic)
     moved: int = 0
     in_flight: dict[Handle, Chunk] = field(default_factory=dict)
     failure: Exception | None = None
@@ -118,8 +118,8 @@ class Reader:
     async def read(self, agent_name: str, plan: Plan, timeout_s: float) -> ReadReport:
         """Copy the chunks that `plan` makes for the peer; ends as `Transfer.read` does."""
         done: asyncio.Future[ReadReport] = asyncio.get_running_loop().create_future()
-        deadline = time.monotonic() + timeout_s
-        self._command(lambda: self._begin(agent_name, plan, deadline, done))
+        started = time.monotonic()
+        self._command(lambda: self._begin(agent_name, plan, started, started + timeout_s, done))
         return await _settled(done, on_cancel=lambda: self._commands.put(lambda: self._cancel(done)))
 
     def close(self) -> None:
@@ -188,18 +188,25 @@ class Reader:
             return 0.0
         return NAP_S if waited < LONG_NAP_AFTER_S else LONG_NAP_S
 
-    def _begin(self, agent_name: str, plan: Plan, deadline: float, done: asyncio.Future[ReadReport]) -> None:
+    def _begin(
+        self,
+        agent_name: str,
+        plan: Plan,
+        started: float,
+        deadline: float,
+        done: asyncio.Future[ReadReport],
+    ) -> None:
         peer = self._peers.get(agent_name)
         try:
             if peer is None:
                 raise HandoffFailed(f"{agent_name} is not a peer of this worker, or no longer")
             chunks = plan(peer.description)
-        except (HandoffFailed, ValueError) as error:
+        except Exception as error:
             _deliver(done, error)
             return
-        read = _Read(peer, deque(chunks), deadline, done)
+        read = _Read(peer, deque(chunks), started, deadline, done)
         self._reads.append(read)
-        self._last_event = read.started
+        self._last_event = time.monotonic()
         self._advance(read)
 
     def _cancel(self, done: asyncio.Future[ReadReport]) -> None:
@@ -221,8 +228,8 @@ class Reader:
         while read.chunks and len(read.in_flight) < CHUNKS_IN_FLIGHT and not read.peer.broken:
             try:
                 handle = self._agent_connected_to(read.peer).start(read.source, read.chunks[0])
-            except (HandoffFailed, TransferUnavailable) as error:
-                self._break(read, HandoffFailed(error.message))
+            except HandoffFailed as error:
+                self._break(read, error)
             else:
                 read.in_flight[handle] = read.chunks.popleft()
                 self._poll(read, handle)
@@ -247,15 +254,15 @@ class Reader:
         read.fail(error)
 
     def _agent_connected_to(self, peer: _Peer) -> Agent:
-        """The agent, created on first use, with a path to `peer`.
-
-        Raises:
-            HandoffFailed, TransferUnavailable: see `Agent`.
-        """
+        """The agent, created on first use, with a path to `peer`. Raises HandoffFailed."""
         if self._agent is None:
             self._generation += 1
-            self._agent = Agent.reading(f"{self._name}/reader-{self._generation}", self._pool)
-            self._agent.register(self.scratch, self._scratch.nbytes)
+            try:
+                agent = Agent.reading(f"{self._name}/reader-{self._generation}", self._pool)
+                agent.register(self.scratch, self._scratch.nbytes)
+            except TransferUnavailable as error:
+                raise HandoffFailed(error.message) from error
+            self._agent = agent
         if not peer.connected:
             self._agent.connect(peer.description.agent_name, peer.description.agent_metadata)
             peer.connected = True
