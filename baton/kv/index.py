@@ -114,11 +114,11 @@ class PrefixIndex:
             self._store(self._tables[event.tier], event, bit)
 
     def _store(self, table: dict[bytes, int], event: Stored, bit: int) -> None:
-        live, shared, get = self._live, self._shared, table.get
+        shared, get = self._shared, table.get
         if len(shared) > _MAX_SHARED_SETS:
             shared.clear()
         for block_id in event.block_ids:
-            holders = get(block_id, 0) & live | bit
+            holders = get(block_id, 0) | bit
             table[block_id] = shared.setdefault(holders, holders)
 
     def _remove(self, table: dict[bytes, int], block_ids: Sequence[bytes], bit: int) -> None:
