@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from baton.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KvCache
 from baton.kv.hashing import KvLayout
@@ -62,6 +61,10 @@ class FlashAttention(AttentionBackend):
     name = "flash"
 
     def __init__(self, specs: Sequence[AttentionSpec], cache: FlashKvCache) -> None:
+        # Imported here: it loads torch's compiler, seconds that a worker without a GPU need not spend.
+        from torch.nn.attention.varlen import varlen_attn
+
+        self._varlen_attn = varlen_attn
         self.cache = cache
         self._specs = tuple(specs)
         _, self._layers, _, self._block_size, kv_heads, head_dim = cache.storage.shape
@@ -103,7 +106,7 @@ class FlashAttention(AttentionBackend):
         keys_at = layer * 2 * self._block_size
         self._token_rows[keys_at:].index_copy_(0, step.new_rows, k.flatten(1))
         self._token_rows[keys_at + self._block_size :].index_copy_(0, step.new_rows, v.flatten(1))
-        out = varlen_attn(
+        out = self._varlen_attn(
             q,
             self.cache.storage[:, layer, 0],
             self.cache.storage[:, layer, 1],

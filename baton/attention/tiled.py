@@ -8,12 +8,15 @@ does not matter whether a batch mate made us visit it.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from baton.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KvCache
+from baton.errors import BatonError
 from baton.kv.hashing import KvLayout
 
 PREFERRED_BLOCK_SIZE = 16
@@ -34,11 +37,32 @@ class TiledKvCache(KvCache):
         self, layout: KvLayout, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layout, self.total_blocks = layout, shape[0]
-        self._storage = torch.zeros(*shape, dtype=dtype, device=device)
+        self._storage = (
+            _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(*shape, dtype=dtype, device=device)
+        )
 
     @property
     def storage(self) -> torch.Tensor:
         return self._storage
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the CPU that take memory and time only where they are first used: writing gigabytes of
+    them would be most of a worker's start.
+
+    Raises:
+        BatonError: the machine does not have that much memory.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise BatonError(
+            f"a KV pool of {size / 1024**3:.1f} GiB does not fit into memory; lower --kv-bytes or --kv-blocks"
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 @dataclass(frozen=True)
