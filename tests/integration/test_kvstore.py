@@ -30,7 +30,7 @@ from tests.integration.kvstore_processes import (
     until,
 )
 
-TTL_S = 3.0
+TTL_S = 5.0
 
 
 @pytest.fixture
