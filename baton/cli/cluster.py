@@ -66,7 +66,7 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
     passed_on = _passed_on(settings, given)
     model = {"model": str(folder)}
     if folder != Path(settings.model.model).expanduser().resolve() and not settings.model.served_model_name:
-        model["served_model_name"] = settings.model.model
+        model["served_model_name"] = Path(settings.model.model).name
     http_address, grpc_address = _reachable(router.host, port), _reachable(router.host, grpc_port)
 
     def spec(name: str, role: str, stage: int, ready: Probe, own: Mapping[str, object]) -> ProcessSpec:

@@ -120,7 +120,9 @@ class _Run:
         now = time.monotonic()
         if self._asked_to_stop_at is not None and now - self._asked_to_stop_at > 0.5:
             self.supervisor.hurry()
-        self._asked_to_stop_at = self._asked_to_stop_at or now
+        if self._asked_to_stop_at is None:
+            self._asked_to_stop_at = now
+            self.console.print("\nstopping")
         self._stop.set()
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -46,6 +48,36 @@ def test_chat_holds_a_conversation(cluster: Cluster) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("baton-small at ")
     assert done.stdout.count("\n> ") == 4, "three lines and the end of input"
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_conversation(cluster: Cluster) -> None:
+    chat = subprocess.Popen(
+        [*BATON, "chat", "--url", cluster.base_url],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert chat.stdin is not None
+    assert chat.stdout is not None
+    try:
+        shown = b""
+        chat.stdin.write(b"Write a long story.\n")
+        while len(shown.partition(b"\n> ")[2]) < 10:
+            shown += chat.stdout.read(1)
+        chat.send_signal(signal.SIGINT)
+        while shown.count(b"\n> ") < 2:
+            shown += chat.stdout.read(1)
+        chat.stdin.close()
+        assert chat.wait(60) == 0
+    finally:
+        chat.kill()
+        chat.wait()
+        chat.stdout.close()
+    deadline = time.monotonic() + 30
+    while cluster.status("decode-0").load.running:
+        assert time.monotonic() < deadline, "the interrupted answer is still being computed"
+        time.sleep(0.05)
 
 
 def test_chat_says_that_no_cluster_runs() -> None:
