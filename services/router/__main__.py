@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 
 import click
@@ -25,6 +26,9 @@ async def serve(settings: Settings) -> None:
     router = Router(settings, cluster)
     cluster.listener = router
     router.metrics.kvstore_connected.set_function(lambda: cluster.connected)
+    # What was loaded at start stays: spare the garbage collector from looking at it again and again.
+    gc.collect()
+    gc.freeze()
     await router.run(stop, asyncio.Event())
 
 

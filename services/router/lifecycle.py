@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 _REPLACEMENT_WAIT_S = 15.0
 _RETRY_AFTER_S = 1.0
 
-_FINISHED = {
+_FINISHED: dict[int, FinishReason | None] = {
+    inference_pb2.FINISH_REASON_UNSPECIFIED: None,
     inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     inference_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
@@ -184,14 +185,16 @@ class _Choice:
             raise Unavailable(f"the client reads too slowly: {error}") from error
 
     async def _take(self, output: worker_pb2.RequestOutput, worker_id: str) -> bool:
-        """Emit one step's output; whether it was the last."""
-        if output.prompt_logprobs:
+        """Emit one step's output; whether it was the last. Runs once per token: keep it lean."""
+        finished = _FINISHED[output.finish_reason]
+        tokens = output.token_ids[:]
+        first = not self.output
+        if first:
             self._prompt_logprobs.extend(output.prompt_logprobs)
-        finished = _FINISHED.get(output.finish_reason)
-        tokens = list(output.token_ids)
+            if self._placed is None:
+                self._placed = Placed("local", worker_id, "", 0)
         if not tokens and finished is None:
             return False
-        first = not self.output
         delta = self._text.push(
             tokens,
             output.logprobs,
@@ -199,14 +202,13 @@ class _Choice:
             output.stop_token_id if output.stopped_by_token_id else None,
         )
         self.output += tokens
-        if self._placed is None:
-            self._placed = Placed("local", worker_id, "", 0)
-        self._observe(len(delta.token_ids), first)
-        piece = Piece(delta, first, self._prompt_logprobs if first else ())
-        await self._emit(self._placed, piece)
+        self._observe(len(tokens), first)
+        assert self._placed is not None
+        await self._emit(self._placed, Piece(delta, first, self._prompt_logprobs if first else ()))
         if delta.finish_reason is None:
             return False
         self._metrics.whole.observe(time.monotonic() - self._began_s)
+        self._metrics.generation_tokens.inc(self._text.tokens)
         self._metrics.finished(delta.finish_reason.value)
         return True
 
@@ -227,10 +229,8 @@ class _Choice:
         if first:
             self._metrics.first_token.observe(now_s - self._began_s)
             self._metrics.prompt_tokens.inc(len(self._generation.prompt_token_ids))
-        else:
-            for _ in range(tokens):
-                self._metrics.interval.observe((now_s - self._last_s) / tokens)
-        self._metrics.generation_tokens.inc(tokens)
+        elif tokens:
+            self._metrics.interval.observe((now_s - self._last_s) / tokens, tokens)
         self._last_s = now_s
 
 
