@@ -59,6 +59,9 @@ class Runner:
         )
         hidden = self._model.forward(self._tensor(tokens), self._tensor(positions), self._attention)
         if not wanted:
+            # Blocks are announced to readers on return, so what writes them must have finished.
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             return [Result(None, []) for _ in batch]
         logits = self._model.logits(hidden[self._tensor(wanted)])
         return self._results(batch, logits)

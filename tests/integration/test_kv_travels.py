@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -76,3 +81,48 @@ def test_a_request_that_ends_with_its_first_token_moves_no_kv(remote: Cluster) -
     before = counter(metrics, "baton_kv_transfer_bytes_total")
     assert ask(remote, random_prompt(200), max_tokens=1).headers["x-baton-prefill"] == "remote"
     assert counter(metrics, "baton_kv_transfer_bytes_total") == before
+
+
+def test_a_worker_that_cannot_be_read_from_is_passed_over_in_sight(start_cluster: StartCluster) -> None:
+    """Its prompts are computed elsewhere, with the same tokens, and every metric on the way says so."""
+    with start_cluster("--prefill", "0", "--decode", "1", "--policy", "round-robin") as cluster:
+        prompt = random_prompt(100)
+        alone = ask(cluster, prompt, max_tokens=8, return_token_ids=True)
+        assert alone.headers["x-baton-prefill"] == "local"
+        with unregistered_prefill(cluster):
+            wait_for_worker(cluster, "unregistered")
+            other = ask(cluster, prompt[::-1], max_tokens=8)
+            again = ask(cluster, prompt, max_tokens=8, return_token_ids=True)
+        assert "x-baton-prefill-worker" not in other.headers
+        assert other.headers["x-baton-prefill"] == "local"
+        assert again.json()["choices"][0]["token_ids"] == alone.json()["choices"][0]["token_ids"]
+        status = cluster.status("decode-0")
+        assert counter(status.metrics_address, "baton_handoffs_total", outcome="failed") == 2
+        assert status.kv_transfer_bytes == 0
+        assert status.pinned_blocks == 0
+        router = cluster.base_url.removeprefix("http://")
+        replaced = {
+            dict(labels)["reason"]: value
+            for (name, labels), value in scrape(router).items()
+            if name == "baton_router_replacements_total"
+        }
+        assert replaced == {"handoff_failed": 2}
+
+
+@contextmanager
+def unregistered_prefill(cluster: Cluster) -> Iterator[None]:
+    script = Path(__file__).with_name("unregistered_prefill.py")
+    flags = ("--kvstore", cluster.kvstore_address, "--worker-id", "unregistered", "--kv-blocks", "500")
+    worker = subprocess.Popen([sys.executable, script, *flags])
+    try:
+        yield
+    finally:
+        worker.terminate()
+        worker.wait(60)
+
+
+def wait_for_worker(cluster: Cluster, worker_id: str) -> None:
+    deadline = time.monotonic() + 60
+    while worker_id not in cluster.workers():
+        assert time.monotonic() < deadline, cluster.workers()
+        time.sleep(0.1)
