@@ -44,6 +44,7 @@ class ModelSettings:
     model: str = setting(_bundled_model(), "model folder in Hugging Face layout, or a Hugging Face id")
     served_model_name: str = setting("", "name clients use for the model [the last part of --model]")
     device: Device = setting("cpu", "where tensors live: cpu or cuda")
+    gpu: int = setting(0, "which GPU a worker on cuda uses, by index", minimum=0)
     dtype: Dtype = setting("auto", "of weights and KV; auto is float32 on cpu, the checkpoint's on cuda")
     max_model_len: int = setting(
         0, "tokens of prompt and output together [0: what the model allows]", minimum=0
@@ -59,7 +60,13 @@ class EngineSettings:
     )
     kv_blocks: int = setting(0, "KV blocks in the pool [0: from --kv-bytes]", minimum=0)
     kv_bytes: int = setting(
-        0, "bytes of KV pool [0: an eighth of free memory on cpu, 85 % of the rest on cuda]", minimum=0
+        0,
+        "bytes of KV pool [0: on cpu 1 GiB or what one longest context takes, if an eighth of the free "
+        "memory is that much; on cuda what --gpu-memory-utilization leaves]",
+        minimum=0,
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, "share of a GPU's memory that weights and KV of one worker take", minimum=0.01, maximum=1
     )
     max_batch_tokens: int = setting(512, "tokens computed per engine step at most", minimum=16)
     max_batch_requests: int = setting(64, "requests decoded per engine step at most", minimum=1)

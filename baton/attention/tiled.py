@@ -77,12 +77,15 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Tile:
-    """One tile of every piece in a group: which block rows to gather, and which keys a query must not see.
+    """One tile of the leading `pieces` of a group: which block rows to gather, and which keys a query
+    must not see.
 
-    `block_rows` is int64 [pieces * kv_heads * blocks per tile]; `hidden` is bool
-    [pieces, 1, rows, 1, tile], or None when every query sees every key.
+    `block_rows` is int64 [pieces * kv_heads * blocks]; `hidden` is bool [pieces, 1, rows, 1, tokens], or
+    None when every query sees every key. `tokens` is the part of the tile that any query sees.
     """
 
+    pieces: int
+    tokens: int
     block_rows: torch.Tensor
     hidden: torch.Tensor | None
 
@@ -112,6 +115,7 @@ class TiledAttention(AttentionBackend):
         _, self._layers, _, self._kv_heads, self._block_size, self._head_dim = cache.storage.shape
         self._tile = max(_TILE, self._block_size)
         self._tile_blocks = self._tile // self._block_size
+        self._widths = _exact_widths(self._tile, self._block_size, self._head_dim, cache.storage)
         # The pool as rows of one head's part of one block, and as rows of one head's one token.
         self._block_rows = cache.storage.view(-1, self._block_size * self._head_dim)
         self._token_rows = cache.storage.view(-1, self._head_dim)
@@ -126,14 +130,15 @@ class TiledAttention(AttentionBackend):
         for new, context, blocks in zip(
             batch.query_lens, batch.context_lens, batch.block_tables, strict=True
         ):
-            positions = torch.arange(context - new, context)
-            table = torch.tensor(blocks, dtype=torch.int64)
-            slots.append(self._token_row(table[positions // self._block_size], positions % self._block_size))
+            slots += [
+                (blocks[position // self._block_size], position % self._block_size)
+                for position in range(context - new, context)
+            ]
             for start in range(0, new, _PIECE_ROWS):
                 rows = min(_PIECE_ROWS, new - start)
                 pieces.append(_Piece(row + start, rows, context - new + start, blocks))
             row += new
-        self._new_rows = torch.cat(slots).flatten().to(self._device)
+        self._new_rows = self._new_token_rows(slots).to(self._device)
         self._groups = [self._group(group) for group in _alike(pieces)]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -163,29 +168,31 @@ class TiledAttention(AttentionBackend):
         weight = torch.zeros(batch, rows, 1, device=self._device)
         total = torch.zeros(batch, rows, dim, device=self._device)
         for tile in group.tiles[spec.window]:
-            tile_keys = keys.index_select(0, tile.block_rows).view(batch, self._tile, dim)
-            tile_values = values.index_select(0, tile.block_rows).view(batch, self._tile, dim)
-            scores = _bmm(queries, tile_keys.transpose(1, 2)).float().mul_(spec.scale)
+            some = slice(tile.pieces * heads)
+            tile_keys = keys.index_select(0, tile.block_rows).view(-1, tile.tokens, dim)
+            tile_values = values.index_select(0, tile.block_rows).view(-1, tile.tokens, dim)
+            scores = _bmm(queries[some], tile_keys.transpose(1, 2)).float().mul_(spec.scale)
             if spec.softcap is not None:
                 scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
             if tile.hidden is not None:
-                shaped = scores.view(group.pieces, heads, group.padded, share, self._tile)
+                shaped = scores.view(tile.pieces, heads, group.padded, share, tile.tokens)
                 shaped.masked_fill_(tile.hidden, -torch.inf)
-            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+            new_top = torch.maximum(top[some], scores.amax(-1, keepdim=True))
             likely = scores.sub_(new_top).exp_()
-            keep = (top - new_top).exp_()
-            weight.mul_(keep).add_(likely.sum(-1, keepdim=True))
-            total.mul_(keep).add_(_bmm(likely.to(q.dtype), tile_values))
-            top = new_top
+            keep = (top[some] - new_top).exp_()
+            weight[some].mul_(keep).add_(likely.sum(-1, keepdim=True))
+            total[some].mul_(keep).add_(_bmm(likely.to(q.dtype), tile_values))
+            top[some] = new_top
         mean = total.div_(weight).view(group.pieces, heads, group.padded, share, dim)
         mean = mean[:, :, : group.rows].transpose(1, 2)
         return mean.reshape(group.pieces * group.rows, heads * share * dim).to(q.dtype)
 
-    def _token_row(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """[tokens, kv_heads] rows of layer 0's keys in `_token_rows`."""
+    def _new_token_rows(self, slots: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """int64 [tokens * kv_heads] rows of layer 0's keys in `_token_rows`, of (block, offset) `slots`."""
         stride = self._layers * 2 * self._kv_heads * self._block_size
         heads = torch.arange(self._kv_heads) * self._block_size
-        return (blocks * stride + offsets)[:, None] + heads
+        blocks, offsets = torch.tensor(slots).unbind(1)
+        return ((blocks * stride + offsets)[:, None] + heads).flatten()
 
     def _group(self, pieces: Sequence[_Piece]) -> _Group:
         rows = pieces[0].rows
@@ -210,7 +217,8 @@ class TiledAttention(AttentionBackend):
             oldest = 0 if window is None else max(0, piece.position - window + 1)
             firsts.append(oldest // self._tile)
             lasts.append((piece.position + piece.rows - 1) // self._tile)
-        count = max(last - first for first, last in zip(firsts, lasts, strict=True)) + 1
+        counts = [last - first + 1 for first, last in zip(firsts, lasts, strict=True)]
+        count = max(counts)
         tables = torch.tensor(
             [
                 self._table(piece.blocks, first, last, count)
@@ -224,13 +232,20 @@ class TiledAttention(AttentionBackend):
         queries = positions[:, None, :, None, None]
         tiles = []
         for number in range(count):
-            keys = (start + number * self._tile)[:, None] + torch.arange(self._tile)
+            some = max(at for at, visited in enumerate(counts) if visited > number) + 1
+            seen = max(
+                piece.position + piece.rows - (first + number) * self._tile
+                for piece, first in zip(pieces[:some], firsts, strict=False)
+            )
+            tokens = next(width for width in self._widths if width >= min(seen, self._tile))
+            keys = (start[:some] + number * self._tile)[:, None] + torch.arange(tokens)
             keys = keys[:, None, None, None, :]
-            hidden = keys > queries
+            hidden = keys > queries[:some]
             if window is not None:
-                hidden |= keys <= queries - window
+                hidden |= keys <= queries[:some] - window
             mask = hidden.to(self._device) if bool(hidden.any()) else None
-            tiles.append(_Tile(block_rows[:, number].flatten().to(self._device), mask))
+            rows = block_rows[:some, number, :, : tokens // self._block_size]
+            tiles.append(_Tile(some, tokens, rows.flatten().to(self._device), mask))
         return tiles
 
     def _table(self, blocks: Sequence[int], first: int, last: int, count: int) -> list[int]:
@@ -247,11 +262,48 @@ def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.bmm(halves, right.expand(2, -1, -1)).view(1, left.shape[1], right.shape[2])
 
 
+def _exact_widths(tile: int, block_size: int, head_dim: int, like: torch.Tensor) -> list[int]:
+    """Token counts, ascending, to which a tile of which no more is seen may be cut.
+
+    Cutting must not change a bit: the sums over the part must equal those over the whole tile whose
+    rest weighs 0. Whether they do depends on how this machine's matrix products add up, so it is tried.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=random).to(like)
+
+    widths = [tile]
+    for width in (tile // 2, tile // 4):
+        if width % block_size:
+            break
+        for rows in (_ROW_MULTIPLE, 8 * _ROW_MULTIPLE):
+            q, k, v, p = (
+                draw(2, rows, head_dim),
+                draw(2, tile, head_dim),
+                draw(2, tile, head_dim),
+                draw(2, rows, tile),
+            )
+            p[..., width:] = 0
+            part = p[..., :width].contiguous()
+            exact = (
+                torch.equal(
+                    torch.bmm(q, k.transpose(1, 2))[..., :width], torch.bmm(q, k[:, :width].transpose(1, 2))
+                )
+                and torch.equal(torch.bmm(p, v), torch.bmm(part, v[:, :width]))
+                and torch.equal(p.float().sum(-1), part.float().sum(-1))
+            )
+            if not exact:
+                return widths
+        widths.insert(0, width)
+    return widths
+
+
 def _alike(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
-    """Pieces of few queries grouped by how many; each longer piece alone."""
+    """Pieces of few queries grouped by how many, the longest context first; each longer piece alone."""
     by_rows: dict[int, list[_Piece]] = {}
     groups = []
-    for piece in pieces:
+    for piece in sorted(pieces, key=lambda piece: -piece.position):
         if piece.rows > _GROUPED_ROWS:
             groups.append([piece])
         elif piece.rows in by_rows:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from baton.cli.machine import available_bytes, usable_cores
 from baton.cli.preflight import CannotStart, claim_port
 from baton.config import Settings
 from baton.errors import BatonError
+from baton.machine import available_bytes, usable_cores
 from baton.model_folder import model_folder
 
 _GIB = 1024**3

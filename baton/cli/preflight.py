@@ -7,8 +7,8 @@ import json
 import socket
 from pathlib import Path
 
-from baton.cli.machine import available_bytes
 from baton.errors import BatonError
+from baton.machine import available_bytes
 
 _BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _GIB = 1024**3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +35,17 @@ class Runner:
         self._attention = attention
         self._device = device
         self._sampler = Sampler(model.config.eos_token_ids)
+        self._current: AbstractContextManager[object] = (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        )
 
     @torch.inference_mode()
     def run(self, batch: Sequence[Scheduled]) -> list[Result]:
         """Compute one step. Results are in the order of `batch`."""
+        with self._current:
+            return self._run(batch)
+
+    def _run(self, batch: Sequence[Scheduled]) -> list[Result]:
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []

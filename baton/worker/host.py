@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import uuid
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from baton.engine.scheduler import Limits, Scheduler
 from baton.errors import BatonError, HandoffFailed
 from baton.kv.events import Event, Stored
 from baton.kv.pool import BlockPool
+from baton.machine import usable_cores
 from baton.model_folder import model_folder
 from baton.models.base import Model
 from baton.models.loader import load_model
@@ -75,17 +75,19 @@ def load(settings: Settings) -> Loaded:
     chosen = settings.engine
     if settings.model.device == "cuda" and not torch.cuda.is_available():
         raise BatonError("--device cuda: torch sees no GPU; `baton doctor` says why")
-    torch.set_num_threads(chosen.threads or max(1, len(os.sched_getaffinity(0))))
-    device = torch.device(settings.model.device)
+    torch.set_num_threads(chosen.threads or usable_cores())
+    on_gpu = settings.model.device == "cuda"
+    device = torch.device("cuda", settings.model.gpu) if on_gpu else torch.device("cpu")
     model = load_model(
         model_folder(settings.model.model),
-        settings.model.device,
+        str(device),
         settings.model.dtype,
         settings.model.max_model_len,
     )
     specs = model.attention_specs
     block_size = chosen.block_size or preferred_block_size(device, model.dtype, specs)
-    blocks = pool_blocks(chosen, block_bytes(specs, model.dtype, block_size), device)
+    longest_blocks = -(-model.config.max_model_len // block_size)
+    blocks = pool_blocks(chosen, block_bytes(specs, model.dtype, block_size), longest_blocks, device)
     attention = create_backend(device, model.dtype, specs, blocks, block_size, model.fingerprint)
     pool = BlockPool(blocks)
     runner = Runner(model, attention, device)
@@ -230,12 +232,12 @@ class Worker:
             ]
             await self._server.set_serving(True)
             log.info(
-                "ready: %s serves %s with %d KV blocks of %d tokens on %s, metrics on %s, attention %s, KV over %s",
+                "ready: %s serves %s on %s, %d KV blocks of %d tokens, metrics on %s, attention %s, KV over %s",
                 state.worker_id,
                 state.model.name,
+                self._description.address,
                 state.engine.load().total_blocks,
                 state.layout.block_size,
-                self._description.address,
                 state.metrics_address,
                 state.attention_backend,
                 state.transfer.describe().transport,

@@ -78,7 +78,7 @@ class Peers:
             )
             if description.incarnation != incarnation:
                 raise HandoffFailed(
-                    f"the worker at {address} is incarnation {description.incarnation}, not {incarnation}: it restarted"
+                    f"the worker at {address} has restarted: {incarnation} is now {description.incarnation}"
                 )
             await self.transfer.add_peer(description_from_proto(description))
             await self.transfer.warm_up(description.agent_name, CONNECT_TIMEOUT_S)

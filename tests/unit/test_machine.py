@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from baton.cli import machine
+from baton import machine
 
 
 @pytest.fixture

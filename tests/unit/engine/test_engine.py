@@ -116,9 +116,7 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 class Running:
     """An engine over a fake model, stopped at the end of the block."""
 
-    def __init__(
-        self, blocks: int = 32, limits: Limits = LIMITS, eos: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, blocks: int = 32, limits: Limits = LIMITS, eos: frozenset[int] = frozenset()) -> None:
         self.pool = BlockPool(blocks)
         self.model = FakeModel(blocks)
         self.collector = Collector()

@@ -1,8 +1,9 @@
-"""How many cores and how much memory may processes of this machine use?"""
+"""How many cores and GPUs and how much memory may processes of this machine use?"""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -35,6 +36,18 @@ def available_bytes() -> int:
             if limit is not None and used is not None:
                 available = min(available, max(0, limit - used))
     return int(available)
+
+
+def gpu_count() -> int:
+    """GPUs that new processes could use: those of the driver, or those CUDA_VISIBLE_DEVICES leaves."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:
