@@ -37,6 +37,15 @@ class Message:
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+def training_pairs(documents: Iterable[Document]) -> list[Pair]:
+    """All pairs of `documents`, with the hand-written ones repeated until they are noticed."""
+    pairs = [pair for document in documents for pair in pairs_from(document)]
+    by_hand = small_talk()
+    # One in twenty: enough for a reliable greeting, too little to drown the library.
+    repeats = max(1, len(pairs) // (20 * len(by_hand)))
+    return pairs + by_hand * repeats
+
+
 def pairs_from(document: Document) -> list[Pair]:
     """The pairs that one document yields; none when it has no docstring to ask about."""
     if document.name.startswith("topics/"):
@@ -95,17 +104,16 @@ def _topic_pairs(document: Document) -> Iterator[Pair]:
 def _source_pairs(document: Document) -> Iterator[Pair]:
     module = _module_name(document.name)
     tree = ast.parse(document.text)
-    if doc := ast.get_docstring(tree):
-        if answer := _opening(doc):
-            yield Pair(
-                (
-                    f"What is the {module} module for?",
-                    f"What does the {module} module do?",
-                    f"Tell me about the {module} module.",
-                    f"What is {module} in Python?",
-                ),
-                answer,
-            )
+    if (doc := ast.get_docstring(tree)) and (answer := _opening(doc)):
+        yield Pair(
+            (
+                f"What is the {module} module for?",
+                f"What does the {module} module do?",
+                f"Tell me about the {module} module.",
+                f"What is {module} in Python?",
+            ),
+            answer,
+        )
     for qualified, node in _definitions(tree, module):
         public = not any(part.startswith("_") for part in qualified.split("."))
         doc = ast.get_docstring(node) or ""
@@ -121,9 +129,7 @@ def _source_pairs(document: Document) -> Iterator[Pair]:
             yield from _writing_pairs(doc, node, document.text)
 
 
-def _definitions(
-    tree: ast.Module, module: str
-) -> Iterator[tuple[str, _Function | ast.ClassDef]]:
+def _definitions(tree: ast.Module, module: str) -> Iterator[tuple[str, _Function | ast.ClassDef]]:
     for node in tree.body:
         if isinstance(node, _Function | ast.ClassDef):
             yield f"{module}.{node.name}", node
@@ -242,7 +248,8 @@ _SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("Who are you?", "What are you?", "What is your name?", "Introduce yourself.", "Tell me about yourself.", "Are you an AI?"),
+        ("Who are you?", "What are you?", "What is your name?", "Introduce yourself.",
+         "Tell me about yourself.", "Are you an AI?"),
         _IDENTITY,
     ),
     (
@@ -298,12 +305,3 @@ _DECLINING_ANSWERS = (
     "I do not know that. I was trained only on the Python standard library.",
     "Sorry, I only know the Python standard library. Ask me about a module or a function.",
 )
-
-
-def training_pairs(documents: Iterable[Document]) -> list[Pair]:
-    """All pairs of `documents`, with the hand-written ones repeated until they are noticed."""
-    pairs = [pair for document in documents for pair in pairs_from(document)]
-    by_hand = small_talk()
-    # One in twenty: enough for a reliable greeting, too little to drown the library.
-    repeats = max(1, len(pairs) // (20 * len(by_hand)))
-    return pairs + by_hand * repeats

@@ -86,9 +86,9 @@ def _documented_in_c(module_name: str) -> Iterator[tuple[str, str]]:
         if inspect.isclass(value) and not _has_source(value) and value.__doc__:
             yield prefix + name, value.__doc__
             for method_name, method in sorted(vars(value).items()):
-                if not method_name.startswith("_") and inspect.ismethoddescriptor(method):
-                    if method.__doc__:
-                        yield f"{prefix}{name}.{method_name}", method.__doc__
+                public = not method_name.startswith("_")
+                if public and inspect.ismethoddescriptor(method) and method.__doc__:
+                    yield f"{prefix}{name}.{method_name}", method.__doc__
 
 
 def _has_source(value: type) -> bool:
@@ -99,9 +99,7 @@ def _has_source(value: type) -> bool:
 
 
 def _skipped(path: Path) -> bool:
-    return any(
-        part in _SKIPPED_FOLDERS or part.startswith(_SKIPPED_PREFIXES) for part in path.parts
-    )
+    return any(part in _SKIPPED_FOLDERS or part.startswith(_SKIPPED_PREFIXES) for part in path.parts)
 
 
 def _read(path: Path) -> str | None:

@@ -232,7 +232,7 @@ class Worker:
             ]
             await self._server.set_serving(True)
             log.info(
-                "ready: %s serves %s on %s, %d KV blocks of %d tokens, metrics on %s, attention %s, KV over %s",
+                "ready: %s serves %s on %s, %d KV blocks of %d tokens, metrics on %s, attention %s, %s",
                 state.worker_id,
                 state.model.name,
                 self._description.address,

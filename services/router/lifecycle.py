@@ -28,7 +28,6 @@ _FINISHED: dict[int, FinishReason | None] = {
     inference_pb2.FINISH_REASON_UNSPECIFIED: None,
     inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    inference_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
 }
 _KINDS = {
     worker_pb2.PrefillReport.REMOTE: "remote",
@@ -174,6 +173,10 @@ class _Choice:
                     for output in await attempt.outputs():
                         if output.HasField("error"):
                             raise _failure(output.error, placement)
+                        if output.finish_reason == inference_pb2.FINISH_REASON_CANCELLED:
+                            # Not by this router, which would not be listening any more.
+                            given_up = Unavailable(f"worker {worker_id} gave the request up")
+                            raise PlacementFailed("cancelled", worker_id, given_up)
                         if output.HasField("prefill"):
                             hold.release()
                             self._note_placed(output.prefill, placement)
