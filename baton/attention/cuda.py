@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from baton.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KvCache
+from baton.attention.slots import new_token_slots
 from baton.kv.hashing import KvLayout
 
 #: FlashAttention-2 reads wrong rows from pages that are no multiple of this.
@@ -82,16 +84,11 @@ class FlashAttention(AttentionBackend):
             ],
             dtype=torch.int32,
         )
-        queries = torch.tensor(batch.query_lens)
-        contexts = torch.tensor(batch.context_lens)
-        sequence = torch.arange(len(batch.query_lens)).repeat_interleave(queries)
-        query_starts = torch.nn.functional.pad(queries.cumsum(0), (1, 0))
-        # A token's position: how far it is into its sequence's new tokens, after what was there before.
-        positions = torch.arange(len(sequence)) - (query_starts[1:] - contexts)[sequence]
-        blocks = tables[sequence, positions // size].long()
+        queries, contexts = torch.tensor(batch.query_lens), torch.tensor(batch.context_lens)
+        new_blocks, offsets = new_token_slots(batch, size)
         self._step = _Step(
-            new_rows=(blocks * (self._layers * 2 * size) + positions % size).to(device),
-            query_starts=query_starts.int().to(device),
+            new_rows=(new_blocks * (self._layers * 2 * size) + offsets).to(device),
+            query_starts=torch.nn.functional.pad(queries.cumsum(0), (1, 0)).int().to(device),
             context_starts=torch.nn.functional.pad(contexts.cumsum(0), (1, 0)).int().to(device),
             context_lens=contexts.int().to(device),
             block_tables=tables.to(device),
@@ -122,5 +119,4 @@ class FlashAttention(AttentionBackend):
             # Splitting the keys returns wrong rows with paged keys, and makes results depend on the batch.
             num_splits=1,
         )
-        assert isinstance(out, torch.Tensor)
-        return out.flatten(1)
+        return cast(torch.Tensor, out).flatten(1)  # a pair only when asked for more

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from baton.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KvCache
+from baton.attention.slots import new_token_slots
 from baton.errors import BatonError
 from baton.kv.hashing import KvLayout
 
@@ -126,19 +127,15 @@ class TiledAttention(AttentionBackend):
         self._groups: list[_Group] = []
 
     def begin(self, batch: AttentionBatch) -> None:
-        pieces, slots, row = [], [], 0
+        pieces, row = [], 0
         for new, context, blocks in zip(
             batch.query_lens, batch.context_lens, batch.block_tables, strict=True
         ):
-            slots += [
-                (blocks[position // self._block_size], position % self._block_size)
-                for position in range(context - new, context)
-            ]
             for start in range(0, new, _PIECE_ROWS):
                 rows = min(_PIECE_ROWS, new - start)
                 pieces.append(_Piece(row + start, rows, context - new + start, blocks))
             row += new
-        self._new_rows = self._new_token_rows(slots).to(self._device)
+        self._new_rows = self._new_token_rows(batch).to(self._device)
         self._groups = [self._group(group) for group in _alike(pieces)]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -187,11 +184,11 @@ class TiledAttention(AttentionBackend):
         mean = mean[:, :, : group.rows].transpose(1, 2)
         return mean.reshape(group.pieces * group.rows, heads * share * dim).to(q.dtype)
 
-    def _new_token_rows(self, slots: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """int64 [tokens * kv_heads] rows of layer 0's keys in `_token_rows`, of (block, offset) `slots`."""
+    def _new_token_rows(self, batch: AttentionBatch) -> torch.Tensor:
+        """int64 [tokens * kv_heads]: rows of the new tokens' keys in layer 0, in `_token_rows`."""
         stride = self._layers * 2 * self._kv_heads * self._block_size
         heads = torch.arange(self._kv_heads) * self._block_size
-        blocks, offsets = torch.tensor(slots).unbind(1)
+        blocks, offsets = new_token_slots(batch, self._block_size)
         return ((blocks * stride + offsets)[:, None] + heads).flatten()
 
     def _group(self, pieces: Sequence[_Piece]) -> _Group:

@@ -12,6 +12,7 @@ from baton.models import gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, q
 from baton.models.base import Model
 from baton.models.config import ModelConfig, read_config, rope_layer_type
 from baton.models.decoder import Decoder
+from baton.models.memory import keep_freed_memory
 from baton.models.parts import Parts
 from baton.models.rope_config import read_rope
 from baton.models.weights import Weights, fingerprint
@@ -36,6 +37,8 @@ def load_model(path: Path, device: str, dtype: Dtype = "auto", max_model_len: in
         UnsupportedModel: it cannot be served; one sentence says what stands in the way.
     """
     config = read_config(path, max_model_len)
+    if device == "cpu":
+        keep_freed_memory()
     usual = "float32" if device == "cpu" else config.dtype
     chosen = usual if dtype == "auto" else dtype
     weights = Weights(path, torch.device(device), getattr(torch, chosen))

@@ -13,7 +13,8 @@ from reference_models import variant, write_reference
 from safetensors.torch import load_file, save_file
 
 from baton.attention.base import AttentionSpec
-from baton.attention.select import block_bytes
+from baton.attention.select import block_bytes, create_backend
+from baton.config import BadSetting
 from baton.errors import UnsupportedModel
 from baton.models.config import read_config
 from baton.models.loader import load_model
@@ -137,6 +138,11 @@ def test_a_context_beyond_what_the_model_allows(llama: Path) -> None:
     assert_refused(llama, "allows 1024 tokens of context, --max-model-len asks for 1025", max_model_len=1025)
     with pytest.raises(UnsupportedModel, match="allows 1024 tokens"):
         read_config(llama, 1025)
+
+
+def test_a_block_size_that_is_no_power_of_two() -> None:
+    with pytest.raises(BadSetting, match="--block-size 24 is no power of two"):
+        create_backend(torch.device("cpu"), torch.float32, [AttentionSpec(4, 2, 16, 0.25)], 8, 24, "")
 
 
 def test_layers_whose_kv_differs() -> None:
