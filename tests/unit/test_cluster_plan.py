@@ -102,6 +102,17 @@ def test_many_workers_share_half_of_the_memory(model: Path, monkeypatch: pytest.
     assert "--kv-bytes" not in arguments(plan(model, hybrid=10, kv_blocks=5))["hybrid-0"]
 
 
+def test_workers_take_gpus_in_turn_and_share_their_memory(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 2)
+    found = arguments(plan(model, device="cuda", hybrid=3))
+    assert [found[f"hybrid-{n}"]["--gpu"] for n in range(3)] == ["0", "1", "0"]
+    whole = resolve({}, {})[0].engine.gpu_memory_utilization
+    assert float(found["hybrid-0"]["--gpu-memory-utilization"]) == whole / 2
+    assert "--gpu" not in arguments(plan(model))["decode-0"]
+
+
 def test_a_taken_port_is_refused(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
