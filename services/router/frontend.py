@@ -95,13 +95,33 @@ class Frontend:
                 return
             try:
                 async with asyncio.TaskGroup() as tasks:
+                    leaders: dict[int, asyncio.Event] = {}
                     for index, generation in enumerate(generations):
-                        tasks.create_task(self._run_one(index, generation, emit))
+                        prompt = id(generation.prompt_token_ids)
+                        leader = leaders.get(prompt)
+                        begun = leaders.setdefault(prompt, asyncio.Event())
+                        tasks.create_task(self._run_one(index, generation, emit, leader, begun))
             except* BatonError as group:
                 raise _first(group) from None
 
-    async def _run_one(self, index: int, generation: Generation, emit: EmitChoice) -> None:
-        await self.lifecycle.run(generation, lambda placed, piece: emit(index, placed, piece))
+    async def _run_one(
+        self,
+        index: int,
+        generation: Generation,
+        emit: EmitChoice,
+        leader: asyncio.Event | None,
+        begun: asyncio.Event,
+    ) -> None:
+        """Run a choice, but not before `leader`, the first choice of the same prompt, has a token: then
+        the prompt's KV is there and need not be computed once per choice."""
+        if leader is not None:
+            await leader.wait()
+
+        async def emit_one(placed: Placed, piece: Piece) -> None:
+            begun.set()
+            await emit(index, placed, piece)
+
+        await self.lifecycle.run(generation, emit_one)
 
 
 def _first(group: BaseExceptionGroup[BatonError]) -> BatonError:

@@ -158,11 +158,26 @@ async def test_a_client_that_leaves_cancels_its_work(
 
 
 async def test_one_failed_choice_cancels_the_others(http: httpx.AsyncClient, worker: FakeWorker) -> None:
-    worker.hold_at = 2
+    worker.hold_at = 0
+    asking = asyncio.create_task(http.post(C, json={**ASK, "n": 2}))
+    await worker.wait_for("len(self.starts) == 1")
     worker.errors = [Kind(kind=Kind.INVALID, message="no")]
-    response = await http.post(C, json={**ASK, "n": 3})
-    assert response.status_code == 400
-    await worker.wait_for("len(self.cancelled) == 2")
+    worker.go_on.set()
+    assert (await asking).status_code == 400
+    await worker.wait_for("not self.running")
+
+
+async def test_choices_of_one_prompt_wait_until_its_kv_is_there(
+    http: httpx.AsyncClient, worker: FakeWorker
+) -> None:
+    worker.hold_at = 0
+    asking = asyncio.create_task(http.post(C, json={**ASK, "prompt": ["a", "b"], "n": 3}))
+    await worker.wait_for("len(self.starts) == 2")
+    assert [list(start.prompt_token_ids) for start in worker.starts[:1]] != [
+        worker.starts[1].prompt_token_ids
+    ]
+    worker.go_on.set()
+    assert len((await asking).json()["choices"]) == 6
 
 
 async def test_too_many_requests_are_refused_before_any_work(worker: FakeWorker) -> None:
