@@ -174,7 +174,14 @@ def port(host: str, number: int, flag: str) -> Finding:
 
 def model(settings: Settings) -> Finding:
     name = settings.model.model
-    if name and not Path(name).expanduser().is_dir() and "/" in name and not name.startswith(("/", ".", "~")):
+    if not name:
+        return Finding(
+            "model",
+            Verdict.NOTE,
+            "none comes with this install",
+            "give --model a folder or a Hugging Face id",
+        )
+    if not Path(name).expanduser().is_dir() and "/" in name and not name.startswith(("/", ".", "~")):
         return Finding("model", Verdict.OK, f"{name} (from Hugging Face at first use)")
     try:
         folder = model_folder(name)

@@ -122,7 +122,7 @@ def test_doctor_fails_on_what_is_required_and_says_what_to_do() -> None:
 
 
 def test_doctor_works_in_the_base_install() -> None:
-    done = run(sys.executable, "-c", WITHOUT_TORCH, "baton.cli.main", "doctor")
+    done = run(sys.executable, "-c", WITHOUT_TORCH, "baton.cli.main", "doctor", "--model", "")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "base install" in done.stdout
 
