@@ -94,6 +94,13 @@ class Lifecycle:
             Overloaded, Unavailable: no worker would take it, or none of `max_placements` finished it.
         """
         choice = _Choice(self, generation, emit)
+        try:
+            await self._follow(choice, generation)
+        finally:
+            self._metrics.generation_tokens.inc(choice.tokens)
+
+    async def _follow(self, choice: _Choice, generation: Generation) -> None:
+        """From placement to placement until the choice has ended or there are no more."""
         avoid: frozenset[str] = frozenset()
         for left in reversed(range(self._max_placements)):
             hold = await self._place(generation, choice.output, avoid)
@@ -156,6 +163,11 @@ class _Choice:
         self._prompt_logprobs: list[inference_pb2.PositionLogprobs] = []
         self._began_s = self._last_s = time.monotonic()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens generated so far, less those after a stop string."""
+        return self._text.tokens
+
     async def follow(self, hold: Hold) -> None:
         """Start the rest of the choice where `hold` says, and emit what comes until it ends.
 
@@ -211,7 +223,6 @@ class _Choice:
         if delta.finish_reason is None:
             return False
         self._metrics.whole.observe(time.monotonic() - self._began_s)
-        self._metrics.generation_tokens.inc(self._text.tokens)
         self._metrics.finished(delta.finish_reason.value)
         return True
 
