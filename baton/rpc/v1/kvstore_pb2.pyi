@@ -40,6 +40,59 @@ TIER_DISK: Tier.ValueType  # 3
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
 
 @_typing.final
+class RouterReservations(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    RESERVATIONS_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    @_builtins.property
+    def reservations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reservation]: ...
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        reservations: _abc.Iterable[Global___Reservation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reservations", b"reservations", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterReservations: _TypeAlias = RouterReservations  # noqa: Y015
+
+@_typing.final
+class Reservation(_message.Message):
+    """What one router has promised one worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    requests: _builtins.int
+    queued_tokens: _builtins.int
+    blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "queued_tokens", b"queued_tokens", "requests", b"requests", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reservation: _TypeAlias = Reservation  # noqa: Y015
+
+@_typing.final
 class Worker(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -54,6 +107,8 @@ class Worker(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     PREFILL_CURVE_FIELD_NUMBER: _builtins.int
     DECODE_CURVE_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -63,6 +118,9 @@ class Worker(_message.Message):
     max_model_len: _builtins.int
     total_blocks: _builtins.int
     device: _builtins.str
+    host_bytes_per_s: _builtins.float
+    """Measured at start: reads from the worker's own host and disk tiers, bytes per second; 0 without."""
+    disk_bytes_per_s: _builtins.float
     @_builtins.property
     def layout(self) -> _worker_pb2.KvLayout: ...
     @_builtins.property
@@ -83,10 +141,12 @@ class Worker(_message.Message):
         device: _builtins.str = ...,
         prefill_curve: _abc.Iterable[Global___CurvePoint] | None = ...,
         decode_curve: _abc.Iterable[Global___CurvePoint] | None = ...,
+        host_bytes_per_s: _builtins.float = ...,
+        disk_bytes_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "decode_curve", b"decode_curve", "device", b"device", "incarnation", b"incarnation", "layout", b"layout", "max_model_len", b"max_model_len", "model", b"model", "prefill_curve", b"prefill_curve", "role", b"role", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "decode_curve", b"decode_curve", "device", b"device", "disk_bytes_per_s", b"disk_bytes_per_s", "host_bytes_per_s", b"host_bytes_per_s", "incarnation", b"incarnation", "layout", b"layout", "max_model_len", b"max_model_len", "model", b"model", "prefill_curve", b"prefill_curve", "role", b"role", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -120,9 +180,30 @@ Global___CurvePoint: _TypeAlias = CurvePoint  # noqa: Y015
 class Beat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ReadBytesPerSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKER_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    READ_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     @_builtins.property
     def worker(self) -> Global___Worker:
@@ -130,16 +211,21 @@ class Beat(_message.Message):
 
     @_builtins.property
     def load(self) -> _worker_pb2.WorkerLoad: ...
+    @_builtins.property
+    def read_bytes_per_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Measured bandwidth of reads from other workers, bytes per second by their worker id."""
+
     def __init__(
         self,
         *,
         worker: Global___Worker | None = ...,
         load: _worker_pb2.WorkerLoad | None = ...,
         draining: _builtins.bool = ...,
+        read_bytes_per_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "load", b"load", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "load", b"load", "read_bytes_per_s", b"read_bytes_per_s", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,16 +273,39 @@ class RegistryUpdate(_message.Message):
     class Change(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
+        @_typing.final
+        class ReadBytesPerSEntry(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: _builtins.int
+            VALUE_FIELD_NUMBER: _builtins.int
+            key: _builtins.str
+            value: _builtins.float
+            def __init__(
+                self,
+                *,
+                key: _builtins.str = ...,
+                value: _builtins.float = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
         WORKER_FIELD_NUMBER: _builtins.int
         LOAD_FIELD_NUMBER: _builtins.int
         DRAINING_FIELD_NUMBER: _builtins.int
         GONE_FIELD_NUMBER: _builtins.int
+        READ_BYTES_PER_S_FIELD_NUMBER: _builtins.int
         draining: _builtins.bool
         gone: _builtins.bool
         @_builtins.property
         def worker(self) -> Global___Worker: ...
         @_builtins.property
         def load(self) -> _worker_pb2.WorkerLoad: ...
+        @_builtins.property
+        def read_bytes_per_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
         def __init__(
             self,
             *,
@@ -204,10 +313,11 @@ class RegistryUpdate(_message.Message):
             load: _worker_pb2.WorkerLoad | None = ...,
             draining: _builtins.bool = ...,
             gone: _builtins.bool = ...,
+            read_bytes_per_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "worker", b"worker"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "gone", b"gone", "load", b"load", "worker", b"worker"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "gone", b"gone", "load", b"load", "read_bytes_per_s", b"read_bytes_per_s", "worker", b"worker"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -258,3 +258,83 @@ class PrefixIndex:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ReservationsStub:
+    """Work that routers have promised to workers and that the workers do not report yet, so that several
+    routers do not all choose the same idle one.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Share = channel.stream_stream(
+                '/baton.v1.Reservations/Share',
+                request_serializer=baton_dot_v1_dot_kvstore__pb2.RouterReservations.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_kvstore__pb2.RouterReservations.FromString,
+                _registered_method=True)
+
+
+class ReservationsServicer:
+    """Work that routers have promised to workers and that the workers do not report yet, so that several
+    routers do not all choose the same idle one.
+    """
+
+    def Share(self, request_iterator, context):
+        """Up: everything this router has in flight, whole, whenever it changes (at most every few
+        milliseconds). Down: the same of every other router. A router's reservations end with its stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ReservationsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Share': grpc.stream_stream_rpc_method_handler(
+                    servicer.Share,
+                    request_deserializer=baton_dot_v1_dot_kvstore__pb2.RouterReservations.FromString,
+                    response_serializer=baton_dot_v1_dot_kvstore__pb2.RouterReservations.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.v1.Reservations', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.v1.Reservations', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Reservations:
+    """Work that routers have promised to workers and that the workers do not report yet, so that several
+    routers do not all choose the same idle one.
+    """
+
+    @staticmethod
+    def Share(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/baton.v1.Reservations/Share',
+            baton_dot_v1_dot_kvstore__pb2.RouterReservations.SerializeToString,
+            baton_dot_v1_dot_kvstore__pb2.RouterReservations.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

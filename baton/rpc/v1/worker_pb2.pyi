@@ -41,6 +41,25 @@ ROLE_DECODE: Role.ValueType  # 2
 ROLE_HYBRID: Role.ValueType  # 3
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
+class _Purpose:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Purpose.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREFILL: _Purpose.ValueType  # 0
+    """compute what is not cached, sample the first token"""
+    PULL: _Purpose.ValueType  # 1
+    """only name cached blocks, host and disk tiers included; NOT_FOUND when there are none"""
+
+class Purpose(_Purpose, metaclass=_PurposeEnumTypeWrapper): ...
+
+PREFILL: Purpose.ValueType  # 0
+"""compute what is not cached, sample the first token"""
+PULL: Purpose.ValueType  # 1
+"""only name cached blocks, host and disk tiers included; NOT_FOUND when there are none"""
+Global___Purpose: _TypeAlias = Purpose  # noqa: Y015
+
 @_typing.final
 class SessionRequest(_message.Message):
     """---- Decode.Session ---------------------------------------------------------------------------"""
@@ -106,6 +125,7 @@ class Start(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     PREFILL_INCARNATION_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """names the request on this session; never reused on it"""
     request_id: _builtins.str
@@ -122,6 +142,10 @@ class Start(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
+    @_builtins.property
+    def pull(self) -> Global___Pull:
+        """what whoever computes the prompt should read from a third worker first"""
+
     def __init__(
         self,
         *,
@@ -133,14 +157,45 @@ class Start(_message.Message):
         cache_salt: _builtins.str = ...,
         prefill_address: _builtins.str = ...,
         prefill_incarnation: _builtins.str = ...,
+        pull: Global___Pull | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "output_token_ids", b"output_token_ids", "prefill_address", b"prefill_address", "prefill_incarnation", b"prefill_incarnation", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "output_token_ids", b"output_token_ids", "prefill_address", b"prefill_address", "prefill_incarnation", b"prefill_incarnation", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Start: _TypeAlias = Start  # noqa: Y015
+
+@_typing.final
+class Pull(_message.Message):
+    """A prefix that another worker holds and that is cheaper to read than to compute. A hint: when the
+    pull fails, the blocks are computed.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    incarnation: _builtins.str
+    blocks: _builtins.int
+    """leading blocks of the chain the other worker is thought to hold"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pull: _TypeAlias = Pull  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
@@ -370,6 +425,7 @@ class PrefillReport(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    PULLED_TOKENS_FIELD_NUMBER: _builtins.int
     kind: Global___PrefillReport.Kind.ValueType
     cached_tokens: _builtins.int
     """prompt tokens whose KV was not computed for this request, here or there"""
@@ -377,6 +433,8 @@ class PrefillReport(_message.Message):
     """waiting before the first prefill chunk"""
     prefill_s: _builtins.float
     """computing"""
+    pulled_tokens: _builtins.int
+    """of cached_tokens, those read from a third worker for this request"""
     def __init__(
         self,
         *,
@@ -384,10 +442,11 @@ class PrefillReport(_message.Message):
         cached_tokens: _builtins.int = ...,
         queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
+        pulled_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "kind", b"kind", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "kind", b"kind", "prefill_s", b"prefill_s", "pulled_tokens", b"pulled_tokens", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -454,6 +513,8 @@ class WorkerLoad(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
     FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """requests in the batch"""
     waiting: _builtins.int
@@ -465,6 +526,10 @@ class WorkerLoad(_message.Message):
     """free or evictable: what a new request could get"""
     cached_blocks: _builtins.int
     """blocks in the prefix tree"""
+    host_bytes: _builtins.int
+    """KV kept in the host tier"""
+    disk_bytes: _builtins.int
+    """KV kept in the disk tier"""
     def __init__(
         self,
         *,
@@ -474,10 +539,12 @@ class WorkerLoad(_message.Message):
         total_blocks: _builtins.int = ...,
         free_blocks: _builtins.int = ...,
         cached_blocks: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "free_blocks", b"free_blocks", "queued_tokens", b"queued_tokens", "running", b"running", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "disk_bytes", b"disk_bytes", "free_blocks", b"free_blocks", "host_bytes", b"host_bytes", "queued_tokens", b"queued_tokens", "running", b"running", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -630,11 +697,17 @@ class Begin(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     HELD_BLOCKS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    PULL_BLOCKS_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     incarnation: _builtins.str
     cache_salt: _builtins.str
     held_blocks: _builtins.int
     """leading blocks the reader has: do not send them"""
+    purpose: Global___Purpose.ValueType
+    pull_blocks: _builtins.int
+    """PULL: leading blocks wanted at most"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -642,6 +715,10 @@ class Begin(_message.Message):
     @_builtins.property
     def output_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """already sent: part of the context to prefill"""
+
+    @_builtins.property
+    def pull(self) -> Global___Pull:
+        """PREFILL: see Start.pull"""
 
     def __init__(
         self,
@@ -653,10 +730,13 @@ class Begin(_message.Message):
         cache_salt: _builtins.str = ...,
         held_blocks: _builtins.int = ...,
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        purpose: Global___Purpose.ValueType = ...,
+        pull_blocks: _builtins.int = ...,
+        pull: Global___Pull | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "pull_blocks", b"pull_blocks", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
