@@ -162,4 +162,6 @@ def test_an_overflow_stays_in_its_own_sequence(subject: Subject) -> None:
     q = torch.ones(640, spec.heads, spec.head_dim, dtype=subject.model.dtype)
     for layer in range(len(subject.model.attention_specs)):
         driver.attention.attend(layer, q, kv * torch.nan, kv)
-    assert torch.equal(driver.step([(Running(subject.streams[0]), LONGEST)]), subject.expected[0])
+    tokens = 550  # the last block is part ours, part what was left there
+    hidden = driver.step([(Running(subject.streams[0]), tokens)])
+    assert torch.equal(hidden, subject.expected[0][:tokens])
