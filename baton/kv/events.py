@@ -17,6 +17,20 @@ class Tier(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TierCounts:
+    """How many leading blocks of a chain a worker holds, each counted in the fastest tier that has it."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+    @property
+    def total(self) -> int:
+        """Leading blocks held in any tier."""
+        return self.device + self.host + self.disk
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """The worker now holds these blocks in `tier`. Ids are 16 bytes, parents before children."""
 
