@@ -26,7 +26,7 @@ class KvLayout:
     def root(self, cache_salt: str = "") -> bytes:
         """The id that starts every chain of this layout and tenant: 16 bytes."""
         digest = blake2b(digest_size=BLOCK_ID_BYTES, person=b"baton-kv-root")
-        for part in (self.model_fingerprint, self.dtype, str(self.block_size), cache_salt):
+        for part in (self.model_fingerprint, self.dtype, str(self.block_size), self.format, cache_salt):
             raw = part.encode()
             digest.update(len(raw).to_bytes(8, "little"))
             digest.update(raw)
