@@ -19,7 +19,7 @@ from baton.errors import BatonError
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RoleName = Literal["prefill", "decode", "hybrid"]
-PolicyName = Literal["prefix", "least-loaded", "round-robin", "random"]
+PolicyName = Literal["prefix", "least-loaded", "round-robin", "random", "session"]
 
 
 class BadSetting(BatonError):
@@ -100,6 +100,9 @@ class RouterSettings:
     grpc_port: int = setting(
         50051, "gRPC port (baton.v1.Inference) [0: any free one]", minimum=0, maximum=65535
     )
+    share_ports: bool = setting(
+        False, "let other routers listen on the same two ports: the kernel spreads connections among them"
+    )
     policy: PolicyName = setting("prefix", "how requests are placed")
     max_body_bytes: int = setting(8 * 1024 * 1024, "largest request body read", minimum=1024)
     max_running: int = setting(1024, "requests in flight before the router answers 429", minimum=1)
@@ -137,10 +140,11 @@ class ClusterSettings:
     hybrid: int = setting(
         0, "hybrid workers (given alone, replaces the default 1 prefill + 1 decode)", minimum=0
     )
+    routers: int = setting(1, "routers, behind one HTTP port and one gRPC port", minimum=1)
     start_timeout_s: float = setting(120.0, "seconds until every process must be ready", minimum=1)
     stop_timeout_s: float = setting(
         10.0,
-        "seconds the router, then the workers, then the kvstore get to stop before they are killed",
+        "seconds the routers, then the workers, then the kvstore get to stop before they are killed",
         minimum=0,
     )
     keep_logs: bool = setting(False, "keep the log files after a clean stop")
@@ -152,7 +156,10 @@ class ObservabilitySettings:
 
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line written")
     metrics_port: int = setting(
-        0, "HTTP port of /metrics on workers and kvstore [0: any free one]", minimum=0, maximum=65535
+        0,
+        "HTTP port of /metrics on workers and kvstore; of a router, one it never shares [0: any free one]",
+        minimum=0,
+        maximum=65535,
     )
 
 

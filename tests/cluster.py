@@ -57,12 +57,15 @@ class Cluster:
         return self._printed(r"^kvstore +kvstore +(\S+)")
 
     def pids(self) -> dict[str, int]:
-        """Of the running processes, by name: router, kvstore, prefill-0, decode-0 ..."""
+        """Of the running processes, by name: router, kvstore, prefill-0, decode-0 ...; of several routers,
+        by `router PORT` with the port that is theirs alone."""
         found = {}
         for child in psutil.Process(self.process.pid).children():
             words = child.cmdline()
             if "--worker-id" in words:
                 found[words[words.index("--worker-id") + 1]] = child.pid
+            elif "--share-ports" in words:
+                found[f"router {words[words.index('--metrics-port') + 1]}"] = child.pid
             else:
                 found[next(word for word in words if word.startswith("services.")).split(".")[1]] = child.pid
         return found

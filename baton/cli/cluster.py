@@ -14,7 +14,7 @@ from baton.config import PROCESS_SECTIONS, SECTIONS, Settings, flag, variable
 from baton.machine import available_bytes, gpu_count, usable_cores
 from baton.model_folder import model_folder
 
-# The router stops first, so that no new work reaches workers that stop.
+# The routers stop first, so that no new work reaches workers that stop.
 _ROUTER, _WORKERS, _KVSTORE = range(3)
 
 SERVICES = {
@@ -84,7 +84,15 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
             environ={variable(key): str(values[key]) for key in values.keys() & _SECRET},
         )
 
-    router_ready = partial(readiness.router, http_address, grpc_address)
+    several = settings.cluster.routers > 1
+    routers = []
+    for number in range(settings.cluster.routers):
+        own_port = claim_port(router.host, 0, "--metrics-port")
+        ready = partial(readiness.router, http_address, grpc_address, _reachable(router.host, own_port))
+        own: dict[str, object] = {"port": port, "grpc_port": grpc_port, "metrics_port": own_port}
+        if several:
+            own["share_ports"] = True
+        routers.append(spec(f"router-{number}" if several else "router", "router", _ROUTER, ready, own))
     workers = [
         spec(
             name,
@@ -98,7 +106,7 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
     return Cluster(
         processes=(
             spec("kvstore", "kvstore", _KVSTORE, readiness.kvstore, {"kvstore_port": kvstore_port}),
-            spec("router", "router", _ROUTER, router_ready, {"port": port, "grpc_port": grpc_port}),
+            *routers,
             *workers,
         ),
         readiness=readiness,

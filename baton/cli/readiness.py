@@ -49,12 +49,13 @@ class Readiness:
         address = self._workers.get(worker_id)
         return address if address and await serving(address) else None
 
-    async def router(self, http_address: str, grpc_address: str) -> str | None:
-        """Ready when it could place a request and its gRPC front serves."""
-        status = await asyncio.to_thread(http_status, http_address, "/ready")
+    async def router(self, http_address: str, grpc_address: str, own_address: str) -> str | None:
+        """Ready when it could place a request and the gRPC front serves. Several routers may share the
+        first two addresses; `own_address` reaches this one."""
+        status = await asyncio.to_thread(http_status, own_address, "/ready")
         if status != 200 or not await serving(grpc_address):
             return None
-        return f"http://{http_address}\n{grpc_address} (gRPC)"
+        return f"http://{http_address}\n{grpc_address} (gRPC)\n{own_address} (metrics)"
 
 
 async def serving(address: str) -> bool:

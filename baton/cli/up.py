@@ -30,13 +30,13 @@ from baton.model_folder import has_chat_template
 @click.command()
 @settings_options(
     *("model", "cluster", "router", "engine", "worker", "kvstore", "observability"),
-    without=("role", "worker_id", "worker_port", "kvstore", "metrics_port"),
+    without=("role", "worker_id", "worker_port", "kvstore", "metrics_port", "share_ports"),
 )
 def up(settings: Settings) -> None:
     """Start a cluster on this machine and stop it with Ctrl-C.
 
-    Runs a kvstore, a router and the asked-for workers as processes of their own, prints where each
-    is, and restarts what dies. Only the router's two ports are fixed; the rest take free ones.
+    Runs a kvstore and the asked-for routers and workers as processes of their own, prints where each
+    is, and restarts what dies. Only the routers' two ports are fixed; the rest take free ones.
     """
     if worker_extra_missing():
         raise click.ClickException(WORKER_EXTRA)

@@ -20,8 +20,6 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Peers ping every 10 s; without these the server would call that abuse and hang up.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
-    # With SO_REUSEPORT a second process would silently share the port instead of failing.
-    ("grpc.so_reuseport", 0),
 )
 
 
@@ -32,8 +30,11 @@ class Server:
     As an async context manager it stops on exit without grace. Create it inside a running event loop.
     """
 
-    def __init__(self) -> None:
-        self._grpc = grpc.aio.server(options=_SERVER_OPTIONS)
+    def __init__(self, *, share_ports: bool = False) -> None:
+        """`share_ports`: other processes that also say so may listen on the same port (SO_REUSEPORT)."""
+        # gRPC's own default would let a second process share the port silently instead of failing.
+        options = (*_SERVER_OPTIONS, ("grpc.so_reuseport", int(share_ports)))
+        self._grpc = grpc.aio.server(options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services: list[str] = []
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

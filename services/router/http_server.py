@@ -71,17 +71,21 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, flag: str, share: bool = False) -> socket.socket:
     """A listening TCP socket; port 0 takes any free one.
+
+    Args:
+        flag: the flag that chose the port, such as `--port`, for the message.
+        share: other processes that also say so may listen on the same port (SO_REUSEPORT).
 
     Raises:
         BadSetting: the port is taken, or the host is not an address of this machine.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=share)
     except OSError as error:
         raise BadSetting(
-            f"cannot listen on {host}:{port} (--port): {error.strerror or error}; choose another --port",
-            field="port",
+            f"cannot listen on {host}:{port} ({flag}): {error.strerror or error}; choose another {flag}",
+            field=flag.removeprefix("--").replace("-", "_"),
         ) from error

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from baton.openai.answer import Piece
-from baton.routing.view import Placement, Unplaceable
+from baton.routing import Placement, Unplaceable
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.sampling import FinishReason, Sampling
 from baton.text import ChoiceText, Detokenizer, Tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from baton.kv.hashing import extend_chain
-from baton.routing.view import ClusterView, Placement, Policy, Request, WorkerView
+from baton.routing import ClusterView, Placement, Policy, Request, WorkerView
 from baton.rpc.v1 import worker_pb2
 from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation

@@ -38,6 +38,7 @@ class Router:
             UnsupportedModel: the model cannot be read.
         """
         self._settings = settings.router
+        self._metrics_port = settings.observability.metrics_port
         self.model = ServedModel.load(settings.model)
         self.metrics = Metrics(self.model.name)
         self._cluster = cluster
@@ -65,6 +66,7 @@ class Router:
         )
         self.http_port = 0
         self.grpc_port = 0
+        self.metrics_port = 0
 
     def on_workers(self) -> None:
         """The registry's workers changed: hold sessions with them."""
@@ -80,24 +82,27 @@ class Router:
     async def run(self, stop: asyncio.Event, listening: asyncio.Event) -> None:
         """Serve until `stop` is set, then let running requests finish for a bounded time.
 
-        Sets `listening`, after which `http_port` and `grpc_port` are the real ones.
+        Sets `listening`, after which `http_port`, `grpc_port` and `metrics_port` are the real ones. The
+        last one serves the same paths and is never shared, so that each of several routers can be asked.
 
         Raises:
             BadSetting: a port is taken.
         """
-        grace_s = self._settings.stop_grace_s
+        grace_s, host, share = self._settings.stop_grace_s, self._settings.host, self._settings.share_ports
         http = HttpServer(App(self.frontend, self._settings.max_body_bytes), grace_s=grace_s)
-        with listen(self._settings.host, self._settings.port) as listener:
+        with (
+            listen(host, self._settings.port, flag="--port", share=share) as listener,
+            listen(host, self._metrics_port, flag="--metrics-port") as own_listener,
+        ):
             self.http_port = listener.getsockname()[1]
-            async with Server() as server:
+            self.metrics_port = own_listener.getsockname()[1]
+            async with Server(share_ports=share) as server:
                 server.add(
                     inference_pb2_grpc.add_InferenceServicer_to_server,
                     InferenceService(self.frontend),
                     "baton.v1.Inference",
                 )
-                self.grpc_port = server.bind(
-                    self._settings.host, self._settings.grpc_port, flag="--grpc-port"
-                )
+                self.grpc_port = server.bind(host, self._settings.grpc_port, flag="--grpc-port")
                 await server.start()
                 async with asyncio.TaskGroup() as tasks:
                     followers = [
@@ -105,13 +110,10 @@ class Router:
                         tasks.create_task(self.sessions.run()),
                         tasks.create_task(self._follow_readiness(server)),
                     ]
-                    serving = tasks.create_task(http.serve(sockets=[listener]))
+                    serving = tasks.create_task(http.serve(sockets=[listener, own_listener]))
                     log.info(
-                        "serving %s: HTTP on %s:%d, gRPC on port %d",
-                        self.model.name,
-                        self._settings.host,
-                        self.http_port,
-                        self.grpc_port,
+                        "serving %s: HTTP on %s:%d, gRPC on port %d, metrics on port %d",
+                        *(self.model.name, host, self.http_port, self.grpc_port, self.metrics_port),
                     )
                     listening.set()
                     await stop.wait()

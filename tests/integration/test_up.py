@@ -101,6 +101,25 @@ def test_workers_that_die_come_back_and_nothing_outlives_a_killed_parent(start_c
         until(lambda: not any(map(psutil.pid_exists, last.values())), "every process of it is gone")
 
 
+def test_several_routers_are_one_front_and_each_can_be_asked(start_cluster: StartCluster) -> None:
+    with start_cluster("--hybrid", "1", "--routers", "2") as cluster:
+        pids = {name: pid for name, pid in cluster.pids().items() if name.startswith("router")}
+        assert len(pids) == 2
+        for name, pid in pids.items():
+            own = f"127.0.0.1:{name.split()[1]}"
+            assert f"{own} (metrics)" in cluster.stdout
+            assert str(pid) in cluster.stdout
+            assert paste(f"curl -fs http://{own}/ready").returncode == 0
+        port = cluster.base_url.rpartition(":")[2]
+        status, said = refused("--port", port, "--routers", "2")
+        assert (status, f"port {port} on 127.0.0.1 is in use" in said) == (1, True), said
+
+        os.kill(next(iter(pids.values())), signal.SIGKILL)
+        assert_answers(cluster)
+        until(lambda: "is ready again" in cluster.stderr, "the router is back")
+        assert_answers(cluster)
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "complaint"),
     [

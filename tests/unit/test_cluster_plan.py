@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,13 @@ def plan(model: Path | str, **flags: object) -> Cluster:
 
 
 def arguments(planned: Cluster) -> Mapping[str, dict[str, str]]:
-    """Flag to value, by process."""
+    """Flag to value, by process; flags without a value are left out."""
     return {
-        spec.name: dict(zip(spec.arguments[::2], spec.arguments[1::2], strict=True))
+        spec.name: {
+            word: value
+            for word, value in pairwise([*spec.arguments, "--"])
+            if word.startswith("--") and not value.startswith("--")
+        }
         for spec in planned.processes
     }
 
@@ -61,6 +66,18 @@ def test_the_default_is_one_prefill_and_one_decode_worker(model: Path) -> None:
 def test_hybrid_alone_replaces_the_default(model: Path, flags: dict[str, int], workers: list[str]) -> None:
     named = [spec.name for spec in plan(model, **flags).processes]
     assert named[2:] == workers
+
+
+def test_several_routers_share_two_ports_and_each_has_one_alone(model: Path) -> None:
+    planned = plan(model, routers=3)
+    routers = [spec for spec in planned.processes if spec.role == "router"]
+    assert [spec.name for spec in routers] == ["router-0", "router-1", "router-2"]
+    assert all("--share-ports" in spec.arguments for spec in routers)
+    found = [arguments(planned)[spec.name] for spec in routers]
+    for flag, different in (("--port", 1), ("--grpc-port", 1), ("--metrics-port", 3)):
+        assert len({ports[flag] for ports in found}) == different
+    (alone,) = [spec for spec in plan(model).processes if spec.role == "router"]
+    assert "--share-ports" not in alone.arguments
 
 
 def test_a_cluster_that_could_not_decode_is_refused(model: Path) -> None:

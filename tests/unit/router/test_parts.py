@@ -86,8 +86,8 @@ async def test_accepted_sockets_send_at_once(worker: FakeWorker, monkeypatch: py
 
 
 def test_a_taken_port_is_refused_by_the_name_of_its_flag() -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(BadSetting, match="--port"):
-        listen("127.0.0.1", taken.getsockname()[1])
+    with listen("127.0.0.1", 0, flag="--port") as taken, pytest.raises(BadSetting, match="--port"):
+        listen("127.0.0.1", taken.getsockname()[1], flag="--port")
 
 
 class AllConnected(SessionPool):
