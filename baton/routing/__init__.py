@@ -10,27 +10,33 @@ from typing import get_args
 
 from baton.config import BadSetting, PolicyName
 from baton.routing.least_loaded import LeastLoaded
+from baton.routing.placement import Candidate, Placement, PullSource, Terms
+from baton.routing.policy import Policy
 from baton.routing.prefix import Prefix
 from baton.routing.random import RandomPolicy
 from baton.routing.round_robin import RoundRobin
+from baton.routing.session import Session
 from baton.routing.view import (
     ClusterView,
     Curve,
-    Placement,
-    Policy,
     Request,
     Role,
+    Slo,
     Unplaceable,
     WorkerView,
 )
 
 __all__ = [
+    "Candidate",
     "ClusterView",
     "Curve",
     "Placement",
     "Policy",
+    "PullSource",
     "Request",
     "Role",
+    "Slo",
+    "Terms",
     "Unplaceable",
     "WorkerView",
     "create_policy",
@@ -52,4 +58,6 @@ def create_policy(name: str, rng: Random) -> Policy:
             return RoundRobin()
         case "random":
             return RandomPolicy(rng)
+        case "session":
+            return Session(rng)
     raise BadSetting(f"no policy {name!r}; there are {', '.join(get_args(PolicyName))}", field="policy")

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import TypeVar
 
+from baton.routing.placement import Candidate, Placement
 from baton.routing.view import Request, WorkerView
 
 T = TypeVar("T")
+Load = float | tuple[float, ...]
 
 
-def least(rng: Random, items: Sequence[T], key: Callable[[T], float]) -> T:
+def least(rng: Random, items: Sequence[T], key: Callable[[T], Load]) -> T:
     """An item with the least key; equal ones are drawn from at random.
 
     Without the draw, routers that see the same cluster would all send to the same worker.
@@ -21,15 +23,22 @@ def least(rng: Random, items: Sequence[T], key: Callable[[T], float]) -> T:
     return rng.choice([item for item, value in zip(items, keys, strict=True) if value == smallest])
 
 
-def cheapest(rng: Random, offers: Sequence[tuple[float, T]], load: Callable[[T], float]) -> tuple[float, T]:
-    """An offer (cost in seconds, item) of the least cost.
+def cheapest(rng: Random, candidates: Sequence[Candidate]) -> Candidate:
+    """A candidate of the least total.
 
-    Predictions are not that exact: offers within 1 % and 0.1 ms of the least count as equal, and of
-    those the least loaded item is taken. So work spreads even where no cost is known.
+    Predictions are not that exact: totals that exceed the least by 0.1 ms and 1 % of its seconds to the
+    first token count as equal, and of those the least loaded is taken. So work spreads even where no
+    cost is known.
     """
-    limit = min(cost for cost, _ in offers) * 1.01 + 1e-4
-    near = [offer for offer in offers if offer[0] <= limit]
-    return least(rng, near, lambda offer: load(offer[1]))
+    best = min(candidates, key=lambda candidate: candidate.total_s)
+    limit = best.total_s + 0.01 * best.placement.terms.first_token_s + 1e-4
+    near = [candidate for candidate in candidates if candidate.total_s <= limit]
+    return least(rng, near, lambda candidate: load(candidate.placement))
+
+
+def load(placement: Placement) -> tuple[float, float]:
+    """How busy the workers are: requests where it would decode, tokens where it would prefill."""
+    return requests_on(placement.decode), placement.computing.queued_tokens
 
 
 def requests_on(worker: WorkerView) -> int:

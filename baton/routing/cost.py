@@ -6,41 +6,113 @@ that was not measured predicts 0 s, which leaves the choice to load (see `baton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from math import inf
 
-from baton.routing.view import Request, WorkerView
+from baton.routing.placement import PullSource
+from baton.routing.view import ClusterView, Request, WorkerView
 
 HANDOFF_S = 0.001
 """Seconds a handoff adds however little it moves: one stream opened, one read started."""
+
+_SOURCES = 4
+"""Workers considered to pull from: those that hold the most. Those that hold less save less."""
 
 _FORESEEN_STEPS = 64
 """Decode steps over which a request's weight on its batch is counted: outputs end unannounced, so
 counting up to max_tokens would let a hypothetical future outweigh the queue that is there now."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PrefillCost:
-    """Prefill of one request on one worker: seconds in its queue, seconds of computing."""
+    """Prefill of one request on one worker. The seconds are those of `Terms`.
 
+    `blocks` are the leading blocks that need not be computed.
+    """
+
+    worker: WorkerView
+    blocks: int
     queue_s: float
+    tier_s: float
+    pull_s: float
     compute_s: float
+    pull: PullSource | None
 
     @property
     def total_s(self) -> float:
-        return self.queue_s + self.compute_s
+        return self.queue_s + self.work_s
+
+    @property
+    def work_s(self) -> float:
+        """All but the queue."""
+        return self.tier_s + self.pull_s + self.compute_s
 
 
-def prefill_cost(worker: WorkerView, request: Request) -> PrefillCost:
-    """Predicted seconds until the worker has computed what it lacks of the prompt.
+def compute_s(worker: WorkerView, request: Request, blocks: int) -> float:
+    """Predicted seconds to compute the prompt with its first `blocks` blocks at hand.
 
     Attention over the cached part is work too, so the uncached part costs what it adds to a prompt of
     the cached length, and no less than a prompt of its own length.
     """
-    cached = request.cached_tokens(worker.worker_id)
+    cached = request.tokens_in(blocks)
     seconds = worker.prefill_curve.seconds
     alone = seconds(request.prompt_tokens - cached)
-    on_top = seconds(request.prompt_tokens) - seconds(cached) if cached else alone
-    return PrefillCost(worker.backlog_s, max(alone, on_top))
+    return max(alone, seconds(request.prompt_tokens) - seconds(cached)) if cached else alone
+
+
+def tier_s(worker: WorkerView, request: Request, first: int, end: int) -> float:
+    """Seconds to bring the blocks `first` to `end` of those the worker holds up from its slower tiers.
+
+    Infinite when some lie in a tier of unknown bandwidth.
+    """
+    held = request.held_by_tier(worker.worker_id)
+    host_from, disk_from = held.device, held.device + held.host
+    host = max(0, min(end, disk_from) - max(first, host_from))
+    disk = max(0, end - max(first, disk_from))
+    return _seconds(host * request.block_bytes, worker.host_bytes_per_s) + _seconds(
+        disk * request.block_bytes, worker.disk_bytes_per_s
+    )
+
+
+def pull_sources(request: Request, cluster: ClusterView) -> list[WorkerView]:
+    """The workers whose prefix others may want to read: the few that hold the most of it."""
+    held = request.held
+    if not held:
+        return []
+    holders = [worker for worker in cluster.usable(request) if held.get(worker.worker_id, 0)]
+    return nlargest(_SOURCES, holders, key=lambda worker: held[worker.worker_id])
+
+
+def prefill_cost(worker: WorkerView, request: Request, sources: Sequence[WorkerView] = ()) -> PrefillCost:
+    """Predicted seconds until the worker has computed the prompt, with the least that it need compute.
+
+    What it holds in slower tiers is read or computed, whichever is faster; so is what only one of
+    `sources` holds.
+    """
+    held = request.held_by_tier(worker.worker_id)
+    queue_s = worker.backlog_s
+
+    def cost(blocks: int, tiers_s: float, pull_s: float = 0.0, pull: PullSource | None = None) -> PrefillCost:
+        return PrefillCost(worker, blocks, queue_s, tiers_s, pull_s, compute_s(worker, request, blocks), pull)
+
+    best = cost(held.device, 0.0)
+    if held.total > held.device:
+        offers = [cost(end, tier_s(worker, request, 0, end)) for end in (held.total - held.disk, held.total)]
+        best = min(best, *offers, key=lambda offer: offer.work_s)
+    own = best
+    for source in sources:
+        blocks = request.held.get(source.worker_id, 0)
+        if blocks <= own.blocks or source.worker_id == worker.worker_id:
+            continue
+        read_bytes = (blocks - own.blocks) * request.block_bytes
+        read_s = _seconds(read_bytes, worker.bandwidth_from(source.worker_id))
+        pull_s = HANDOFF_S + read_s + tier_s(source, request, own.blocks, blocks)
+        offer = cost(blocks, own.tier_s, pull_s, PullSource(source, blocks))
+        if offer.work_s < best.work_s:
+            best = offer
+    return best
 
 
 def interference_s(worker: WorkerView, prefill: PrefillCost) -> float:
@@ -48,12 +120,18 @@ def interference_s(worker: WorkerView, prefill: PrefillCost) -> float:
     return worker.running * prefill.compute_s
 
 
-def read_s(worker: WorkerView, request: Request) -> float:
-    """Seconds to read the prompt blocks that the worker lacks; 0 when its bandwidth is not known."""
-    if worker.read_bytes_per_s <= 0:
-        return 0.0
-    lacking = max(0, request.prompt_blocks - request.held.get(worker.worker_id, 0))
-    return lacking * request.block_bytes / worker.read_bytes_per_s
+def transfer_s(decode: WorkerView, prefill: WorkerView, request: Request) -> float:
+    """Seconds to bring the prompt's KV to `decode`, from its own slower tiers where that is faster."""
+    held = request.held_by_tier(decode.worker_id)
+    bandwidth = decode.bandwidth_from(prefill.worker_id)
+
+    def lacking_s(blocks: int) -> float:
+        return _seconds(max(0, request.prompt_blocks - blocks) * request.block_bytes, bandwidth)
+
+    read_s = lacking_s(held.device)
+    if held.total > held.device:
+        read_s = min(read_s, tier_s(decode, request, 0, held.total) + lacking_s(held.total))
+    return HANDOFF_S + read_s
 
 
 def decode_cost_s(worker: WorkerView, request: Request) -> float:
@@ -73,3 +151,9 @@ def decode_cost_s(worker: WorkerView, request: Request) -> float:
         requests_to_end = missing * max(1, worker.running) / in_use
         added += requests_to_end * _FORESEEN_STEPS * step(max(1, worker.running))
     return added
+
+
+def _seconds(amount: float, bytes_per_s: float) -> float:
+    if amount <= 0:
+        return 0.0
+    return amount / bytes_per_s if bytes_per_s > 0 else inf

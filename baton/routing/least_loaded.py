@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
+from baton.routing.candidates import plain
 from baton.routing.choice import least, requests_on, roomy
-from baton.routing.cost import prefill_cost
-from baton.routing.view import ClusterView, Placement, Policy, Request
+from baton.routing.placement import Placement
+from baton.routing.policy import Policy
+from baton.routing.view import ClusterView, Request
 
 
 class LeastLoaded(Policy):
@@ -18,13 +20,9 @@ class LeastLoaded(Policy):
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 
-    def place(self, request: Request, cluster: ClusterView) -> Placement:
-        """Choose the decode worker with the fewest requests and the prefill worker with the fewest tokens.
-
-        Raises:
-            Unplaceable: see `ClusterView.decoders`.
-        """
+    def choose(self, request: Request, cluster: ClusterView) -> Placement:
+        """The decode worker with the fewest requests and the prefill worker with the fewest tokens."""
         decode = least(self._rng, roomy(cluster.decoders(request), request), requests_on)
         prefillers = cluster.prefillers(request)
         prefill = least(self._rng, prefillers, lambda w: w.queued_tokens) if prefillers else None
-        return Placement(decode, prefill, prefill_cost(prefill or decode, request).total_s, "least loaded")
+        return plain(decode, prefill, request, "least loaded")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
-from baton.routing.cost import prefill_cost
-from baton.routing.view import ClusterView, Placement, Policy, Request
+from baton.routing.candidates import plain
+from baton.routing.placement import Placement
+from baton.routing.policy import Policy
+from baton.routing.view import ClusterView, Request
 
 
 class RandomPolicy(Policy):
@@ -14,13 +16,9 @@ class RandomPolicy(Policy):
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 
-    def place(self, request: Request, cluster: ClusterView) -> Placement:
-        """Draw the workers.
-
-        Raises:
-            Unplaceable: see `ClusterView.decoders`.
-        """
+    def choose(self, request: Request, cluster: ClusterView) -> Placement:
+        """Workers drawn anew at every call; see `Policy.choose`."""
         decode = self._rng.choice(cluster.decoders(request))
         prefillers = cluster.prefillers(request)
         prefill = self._rng.choice(prefillers) if prefillers else None
-        return Placement(decode, prefill, prefill_cost(prefill or decode, request).total_s, "drawn")
+        return plain(decode, prefill, request, "drawn")

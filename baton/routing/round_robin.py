@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baton.routing.cost import prefill_cost
-from baton.routing.view import ClusterView, Placement, Policy, Request, WorkerView
+from baton.routing.candidates import plain
+from baton.routing.placement import Placement
+from baton.routing.policy import Policy
+from baton.routing.view import ClusterView, Request, WorkerView
 
 
 class RoundRobin(Policy):
@@ -15,20 +17,20 @@ class RoundRobin(Policy):
         self._last_decode = ""
         self._last_prefill = ""
 
-    def place(self, request: Request, cluster: ClusterView) -> Placement:
-        """Choose the next decode worker and the next prefill worker.
-
-        Raises:
-            Unplaceable: see `ClusterView.decoders`.
-        """
+    def choose(self, request: Request, cluster: ClusterView) -> Placement:
+        """The workers whose turn it is."""
         decode = _next(cluster.decoders(request), self._last_decode)
-        self._last_decode = decode.worker_id
-        prefill = None
         prefillers = cluster.prefillers(request)
-        if prefillers:
-            prefill = _next(prefillers, self._last_prefill)
-            self._last_prefill = prefill.worker_id
-        return Placement(decode, prefill, prefill_cost(prefill or decode, request).total_s, "next in turn")
+        prefill = _next(prefillers, self._last_prefill) if prefillers else None
+        return plain(decode, prefill, request, "next in turn")
+
+    def place(self, request: Request, cluster: ClusterView) -> Placement:
+        """The workers whose turn it is; it is the next ones' then."""
+        placement = self.choose(request, cluster)
+        self._last_decode = placement.decode.worker_id
+        if placement.prefill is not None:
+            self._last_prefill = placement.prefill.worker_id
+        return placement
 
 
 def _next(workers: Sequence[WorkerView], last: str) -> WorkerView:

@@ -1,14 +1,20 @@
-"""What a placement policy sees and what it answers."""
+"""What a placement policy sees: the request, the live workers, and what is predicted of each."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from baton.errors import Unavailable
+from baton.kv.events import TierCounts
+
+Slo = Literal["interactive", "batch"]
+"""How urgent a request is: somebody waits for the tokens, or nobody does."""
+
+_UNMEASURED_READ_BYTES_PER_S = 1e9
 
 
 class Role(Enum):
@@ -32,10 +38,12 @@ class Curve:
     """Seconds against size, measured at a few sizes; linear between them and beyond the last.
 
     Prefill curves: seconds of one prompt against its tokens. Decode curves: seconds of one step
-    against the requests in it. `points` ascend in size; none means unknown and reads as 0 s.
+    against the requests in it. `points` ascend in size; none means unknown and reads as 0 s. `scale`
+    multiplies all seconds: what was learnt since they were measured.
     """
 
     points: tuple[tuple[float, float], ...] = ()
+    scale: float = 1.0
 
     def seconds(self, size: float) -> float:
         """Predicted seconds at `size`, never negative."""
@@ -43,15 +51,20 @@ class Curve:
         if not points or size <= 0:
             return 0.0
         if len(points) == 1:
-            return points[0][1] * size / points[0][0]
+            return self.scale * points[0][1] * size / points[0][0]
         at = min(max(bisect_left(points, (size, 0.0)), 1), len(points) - 1)
         (x0, y0), (x1, y1) = points[at - 1], points[at]
-        return max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0))
+        return self.scale * max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0))
 
 
 @dataclass(frozen=True)
 class WorkerView:
-    """One live worker as the router knows it now, work it has just been promised included."""
+    """One live worker as the router knows it now, work it has just been promised included.
+
+    `waiting` counts requests whose prefill or decode has not begun, `queued_tokens` prompt tokens promised
+    and not yet computed. `read_bytes_per_s` is the bandwidth of reads from other workers by their id,
+    `host_bytes_per_s` and `disk_bytes_per_s` that of reads from the worker's own tiers; 0 without.
+    """
 
     worker_id: str
     incarnation: str
@@ -65,20 +78,33 @@ class WorkerView:
     draining: bool = False
     prefill_curve: Curve = field(default_factory=Curve)
     decode_curve: Curve = field(default_factory=Curve)
-    read_bytes_per_s: float = 0.0
+    read_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    host_bytes_per_s: float = 0.0
+    disk_bytes_per_s: float = 0.0
 
     @property
     def backlog_s(self) -> float:
-        """Predicted seconds of prefill already promised."""
-        return self.prefill_curve.seconds(self.queued_tokens)
+        """Predicted seconds of prefill already promised: `waiting` prompts of the mean length."""
+        prompts = max(1, self.waiting)
+        return prompts * self.prefill_curve.seconds(self.queued_tokens / prompts)
+
+    def bandwidth_from(self, worker_id: str) -> float:
+        """Bytes per second of reads from another worker.
+
+        Where none was measured yet, the slowest measured from others; without any, a 10 Gb/s network's.
+        """
+        measured = self.read_bytes_per_s
+        return measured.get(worker_id) or min(measured.values(), default=_UNMEASURED_READ_BYTES_PER_S)
 
 
 @dataclass(frozen=True)
 class Request:
     """What placement needs to know of a request.
 
-    `blocks` is what prompt and output can need in all; `held` maps a worker id to the number of
-    leading prompt blocks that worker holds.
+    `blocks` is what prompt and output can need in all. `held` maps a worker id to the number of leading
+    prompt blocks that worker holds in any tier, `tiers` says where they lie; a worker that is not in
+    `tiers` has all of them on its device. `session` names the conversation and `session_worker` where its
+    last request was decoded, when they are known.
     """
 
     prompt_tokens: int
@@ -86,35 +112,37 @@ class Request:
     block_size: int
     block_bytes: int
     held: Mapping[str, int] = field(default_factory=dict)
+    tiers: Mapping[str, TierCounts] = field(default_factory=dict)
     avoid: frozenset[str] = frozenset()
+    slo: Slo = "interactive"
+    session: str = ""
+    session_worker: str | None = None
 
     @property
     def prompt_blocks(self) -> int:
         """Blocks the prompt fills, the last one in part."""
         return -(-self.prompt_tokens // self.block_size)
 
+    def held_by_tier(self, worker_id: str) -> TierCounts:
+        """The leading prompt blocks that the worker holds, by tier."""
+        return self.tiers.get(worker_id) or TierCounts(device=self.held.get(worker_id, 0))
+
+    def tokens_in(self, blocks: int) -> int:
+        """Prompt tokens that need no computing with so many leading blocks at hand: not the last one."""
+        return min(blocks * self.block_size, self.prompt_tokens - 1)
+
     def cached_tokens(self, worker_id: str) -> int:
-        """Prompt tokens whose KV the worker need not compute; at least one token always is."""
-        return min(self.held.get(worker_id, 0) * self.block_size, self.prompt_tokens - 1)
+        """Prompt tokens whose KV the worker holds."""
+        return self.tokens_in(self.held.get(worker_id, 0))
 
     def uncached_tokens(self, worker: WorkerView) -> int:
         """Prompt tokens the worker would have to compute itself."""
         return self.prompt_tokens - self.cached_tokens(worker.worker_id)
 
     def missing_blocks(self, worker: WorkerView) -> int:
-        """Blocks the worker lacks to begin decoding now: the prompt's that it does not hold, and one more."""
-        wanted = min(self.prompt_blocks + 1, self.blocks) - self.held.get(worker.worker_id, 0)
+        """Blocks the worker lacks to begin decoding now: the prompt's not on its device, and one more."""
+        wanted = min(self.prompt_blocks + 1, self.blocks) - self.held_by_tier(worker.worker_id).device
         return max(0, wanted - worker.free_blocks)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Who decodes, and who prefills: `prefill` is None when the decode worker does it itself."""
-
-    decode: WorkerView
-    prefill: WorkerView | None
-    predicted_s: float
-    reason: str
 
 
 class Unplaceable(Unavailable):
@@ -127,15 +155,17 @@ class ClusterView:
 
     workers: Sequence[WorkerView]
 
+    def usable(self, request: Request) -> list[WorkerView]:
+        """Workers that take new work and are not to be avoided."""
+        return [w for w in self.workers if not w.draining and w.worker_id not in request.avoid]
+
     def decoders(self, request: Request) -> list[WorkerView]:
         """Workers that take decode work and could ever hold the request.
 
         Raises:
             Unplaceable: there are none; says whether they are missing, draining or too small.
         """
-        live = [
-            w for w in self.workers if w.role.decodes and not w.draining and w.worker_id not in request.avoid
-        ]
+        live = [w for w in self.usable(request) if w.role.decodes]
         if not live:
             raise Unplaceable("no decode worker is ready; see GET /ready and the registry")
         fitting = [w for w in live if w.total_blocks >= request.blocks]
@@ -149,20 +179,4 @@ class ClusterView:
 
     def prefillers(self, request: Request) -> list[WorkerView]:
         """Dedicated prefill workers that take new work; may be empty."""
-        return [
-            w
-            for w in self.workers
-            if w.role is Role.PREFILL and not w.draining and w.worker_id not in request.avoid
-        ]
-
-
-class Policy(ABC):
-    """Chooses where a request runs. One file per policy; no sockets, clocks or tensors."""
-
-    @abstractmethod
-    def place(self, request: Request, cluster: ClusterView) -> Placement:
-        """Choose the decode worker and, unless it should prefill itself, the prefill worker.
-
-        Raises:
-            Unplaceable: see `ClusterView.decoders`.
-        """
+        return [w for w in self.usable(request) if w.role is Role.PREFILL]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from random import Random
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.config import BadSetting
+from baton.config import BadSetting, PolicyName
 from baton.routing import ClusterView, Curve, Request, Role, Unplaceable, WorkerView, create_policy
 
-POLICIES = ["prefix", "least-loaded", "round-robin", "random"]
+POLICIES = list(get_args(PolicyName))
 
 # 16-token blocks, about 2000 prompt tokens/s, 10 ms decode steps: a small model on a few CPU cores.
 PREFILL_CURVE = Curve(((16.0, 0.010), (256.0, 0.120), (1024.0, 0.520), (4096.0, 2.600)))
@@ -30,7 +31,7 @@ def worker(worker_id: str, role: Role, **changes: object) -> WorkerView:
         free_blocks=2048,
         prefill_curve=PREFILL_CURVE,
         decode_curve=DECODE_CURVE,
-        read_bytes_per_s=2e9,
+        read_bytes_per_s=dict.fromkeys(("p0", "p1", "d0", "d1"), 2e9),
     )
     return replace(view, **changes)  # type: ignore[arg-type]
 
@@ -55,7 +56,7 @@ def place(request: Request, *workers: WorkerView, policy: str = "prefix", seed: 
 
 
 def unknown(view: WorkerView) -> WorkerView:
-    return replace(view, prefill_curve=Curve(), decode_curve=Curve(), read_bytes_per_s=0.0)
+    return replace(view, prefill_curve=Curve(), decode_curve=Curve(), read_bytes_per_s={})
 
 
 class TestPrefix:
@@ -91,8 +92,16 @@ class TestPrefix:
         assert (placement.decode.worker_id, placement.prefill, placement.reason) == ("d1", None, "cached")
 
     def test_the_next_turn_of_a_chat_stays_with_its_decode_worker_while_that_is_quiet(self) -> None:
-        placement = place(prompt(2000, held={"d1": 120}), prefiller(), decoder("d0"), decoder("d1"))
+        slow = {"read_bytes_per_s": {"d1": 1e8}}
+        placement = place(prompt(2000, held={"d1": 120}), prefiller(**slow), decoder("d0"), decoder("d1"))
         assert (placement.decode.worker_id, placement.prefill) == ("d1", None)
+
+    def test_the_next_turn_of_a_chat_returns_to_a_busy_decode_worker_whose_prefix_is_read(self) -> None:
+        request = prompt(2000, held={"d1": 120})
+        placement = place(request, prefiller(), decoder("d0", running=12), decoder("d1", running=12))
+        assert (placement.decode.worker_id, placement.reason) == ("d1", "remote")
+        assert placement.pull is not None
+        assert (placement.pull.worker.worker_id, placement.pull.blocks) == ("d1", 120)
 
     def test_a_busy_decode_worker_is_spared_a_prefill(self) -> None:
         busy = decoder("d1", running=24)
@@ -119,7 +128,7 @@ class TestPrefix:
         assert placement.prefill.worker_id == "p0"
 
     def test_the_decode_worker_that_needs_to_read_less_is_taken(self) -> None:
-        slow = {"read_bytes_per_s": 1e8}
+        slow = {"read_bytes_per_s": {"p0": 1e8}}
         request = prompt(2000, held={"d1": 60, "p0": 125})
         placement = place(request, prefiller(), decoder("d0", **slow), decoder("d1", **slow))
         assert placement.decode.worker_id == "d1"
@@ -139,7 +148,7 @@ class TestPrefix:
 
     def test_the_prediction_is_queue_plus_compute(self) -> None:
         placement = place(prompt(1024), prefiller(queued_tokens=256), decoder())
-        assert placement.predicted_s == pytest.approx(0.120 + 0.520, abs=0.01)
+        assert placement.terms.first_token_s == pytest.approx(0.120 + 0.520, abs=0.01)
 
 
 class TestOthers:
@@ -229,7 +238,9 @@ def clusters(draw: st.DrawFn) -> ClusterView:
             waiting=draw(st.integers(0, 64)),
             queued_tokens=draw(st.integers(0, 100_000)),
             draining=draw(st.booleans()),
-            read_bytes_per_s=draw(st.sampled_from([0.0, 1e6, 1e10])),
+            read_bytes_per_s={
+                f"w{i}": draw(st.sampled_from([1e6, 1e10])) for i in range(draw(st.integers(0, 6)))
+            },
         )
         workers.append(unknown(view) if draw(st.booleans()) else view)
     return ClusterView(workers)
@@ -269,7 +280,7 @@ def test_a_placement_is_always_one_that_can_work(
         assert not able
         return
     assert placement.decode.worker_id in able
-    assert 0.0 <= placement.predicted_s < float("inf")
+    assert 0.0 <= placement.terms.first_token_s < float("inf")
     if placement.prefill is not None:
         assert placement.prefill.role is Role.PREFILL
         assert not placement.prefill.draining
