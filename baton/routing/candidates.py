@@ -100,7 +100,7 @@ def _local(
         prefill = prefill_cost(side.worker, request, sources)
         disturbs_s = interference_s(side.worker, prefill)
         reason = "no prefill worker"
-        if request.prompt_tokens - request.tokens_in(prefill.blocks) <= request.block_size:
+        if request.prompt_tokens - prefill.cached_tokens <= request.block_size:
             reason = "cached"
         elif others_prefill:
             if not side.worker.prefill_curve.points:
@@ -130,7 +130,14 @@ def _candidate(
         affinity_s=side.affinity_s,
     )
     prefilling = None if prefill.worker is side.worker else prefill.worker
-    placement = Placement(side.worker, prefilling, prefill.pull, terms, reason)
+    placement = Placement(
+        decode=side.worker,
+        prefill=prefilling,
+        pull=prefill.pull,
+        compute_tokens=request.prompt_tokens - prefill.cached_tokens,
+        terms=terms,
+        reason=reason,
+    )
     return Candidate(placement, terms.total_s(request.slo))
 
 

@@ -29,11 +29,11 @@ counting up to max_tokens would let a hypothetical future outweigh the queue tha
 class PrefillCost:
     """Prefill of one request on one worker. The seconds are those of `Terms`.
 
-    `blocks` are the leading blocks that need not be computed.
+    `cached_tokens` are the leading tokens that need not be computed.
     """
 
     worker: WorkerView
-    blocks: int
+    cached_tokens: int
     queue_s: float
     tier_s: float
     pull_s: float
@@ -50,16 +50,15 @@ class PrefillCost:
         return self.tier_s + self.pull_s + self.compute_s
 
 
-def compute_s(worker: WorkerView, request: Request, blocks: int) -> float:
-    """Predicted seconds to compute the prompt with its first `blocks` blocks at hand.
+def compute_s(worker: WorkerView, prompt_tokens: int, cached_tokens: int) -> float:
+    """Predicted seconds to compute a prompt of which the KV of the first tokens is at hand.
 
     Attention over the cached part is work too, so the uncached part costs what it adds to a prompt of
     the cached length, and no less than a prompt of its own length.
     """
-    cached = request.tokens_in(blocks)
     seconds = worker.prefill_curve.seconds
-    alone = seconds(request.prompt_tokens - cached)
-    return max(alone, seconds(request.prompt_tokens) - seconds(cached)) if cached else alone
+    alone = seconds(prompt_tokens - cached_tokens)
+    return max(alone, seconds(prompt_tokens) - seconds(cached_tokens)) if cached_tokens else alone
 
 
 def tier_s(worker: WorkerView, request: Request, first: int, end: int) -> float:
@@ -95,21 +94,24 @@ def prefill_cost(worker: WorkerView, request: Request, sources: Sequence[WorkerV
     queue_s = worker.backlog_s
 
     def cost(blocks: int, tiers_s: float, pull_s: float = 0.0, pull: PullSource | None = None) -> PrefillCost:
-        return PrefillCost(worker, blocks, queue_s, tiers_s, pull_s, compute_s(worker, request, blocks), pull)
+        cached_tokens = request.tokens_in(blocks)
+        computing_s = compute_s(worker, request.prompt_tokens, cached_tokens)
+        return PrefillCost(worker, cached_tokens, queue_s, tiers_s, pull_s, computing_s, pull)
 
-    best = cost(held.device, 0.0)
+    own, best = held.device, cost(held.device, 0.0)
     if held.total > held.device:
-        offers = [cost(end, tier_s(worker, request, 0, end)) for end in (held.total - held.disk, held.total)]
-        best = min(best, *offers, key=lambda offer: offer.work_s)
-    own = best
+        for blocks in (held.device + held.host, held.total):
+            offer = cost(blocks, tier_s(worker, request, 0, blocks))
+            if offer.work_s < best.work_s:
+                own, best = blocks, offer
+    tiers_s = best.tier_s
     for source in sources:
         blocks = request.held.get(source.worker_id, 0)
-        if blocks <= own.blocks or source.worker_id == worker.worker_id:
+        if blocks <= own or source.worker_id == worker.worker_id:
             continue
-        read_bytes = (blocks - own.blocks) * request.block_bytes
-        read_s = _seconds(read_bytes, worker.bandwidth_from(source.worker_id))
-        pull_s = HANDOFF_S + read_s + tier_s(source, request, own.blocks, blocks)
-        offer = cost(blocks, own.tier_s, pull_s, PullSource(source, blocks))
+        read_s = _seconds((blocks - own) * request.block_bytes, worker.bandwidth_from(source.worker_id))
+        pull_s = HANDOFF_S + read_s + tier_s(source, request, own, blocks)
+        offer = cost(blocks, tiers_s, pull_s, PullSource(source, blocks))
         if offer.work_s < best.work_s:
             best = offer
     return best

@@ -54,12 +54,13 @@ class PullSource:
 class Placement:
     """Who decodes, and who prefills: `prefill` is None when the decode worker does it itself.
 
-    `pull` is for whoever computes the prompt.
+    `pull` is for whoever computes the prompt; `compute_tokens` are those of it that are left to compute.
     """
 
     decode: WorkerView
     prefill: WorkerView | None
     pull: PullSource | None
+    compute_tokens: int
     terms: Terms
     reason: str
 

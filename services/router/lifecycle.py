@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from baton.openai.answer import Piece
-from baton.routing import Placement, Unplaceable
+from baton.routing import Placement, PullSource, Unplaceable
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.sampling import FinishReason, Sampling
 from baton.text import ChoiceText, Detokenizer, Tokenizer
@@ -143,6 +143,7 @@ class _Choice:
 
     def __init__(self, owner: Lifecycle, generation: Generation, emit: Emit) -> None:
         self._metrics = owner._metrics
+        self._placer = owner._placer
         self._sessions = owner._sessions
         self._policy = owner._policy
         self._generation = generation
@@ -191,7 +192,7 @@ class _Choice:
                             raise PlacementFailed("cancelled", worker_id, given_up)
                         if output.HasField("prefill"):
                             hold.release()
-                            self._note_placed(output.prefill, placement)
+                            self._note_prefill(output.prefill, hold)
                         if await self._take(output, worker_id):
                             return
         except SessionBroken as error:
@@ -226,7 +227,11 @@ class _Choice:
         self._metrics.finished(delta.finish_reason.value)
         return True
 
-    def _note_placed(self, report: worker_pb2.PrefillReport, placement: Placement) -> None:
+    def _note_prefill(self, report: worker_pb2.PrefillReport, hold: Hold) -> None:
+        placement = hold.placement
+        self._placer.on_prefill(hold, report)
+        actual_s = report.queue_s + report.prefill_s
+        self._metrics.prediction_error.observe(abs(actual_s - placement.terms.first_token_s))
         kind = _KINDS.get(report.kind, "local")
         self._metrics.placed(kind, self._policy)
         if self._placed is None:
@@ -258,6 +263,13 @@ def _start(generation: Generation, output: Sequence[int], placement: Placement) 
         cache_salt=generation.cache_salt,
         prefill_address=prefill.address if prefill is not None else "",
         prefill_incarnation=prefill.incarnation if prefill is not None else "",
+        pull=None if placement.pull is None else pull_message(placement.pull),
+    )
+
+
+def pull_message(pull: PullSource) -> worker_pb2.Pull:
+    return worker_pb2.Pull(
+        address=pull.worker.address, incarnation=pull.worker.incarnation, blocks=pull.blocks
     )
 
 

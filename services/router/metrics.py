@@ -66,6 +66,11 @@ class Metrics:
         self.whole = histogram(
             "vllm:e2e_request_latency_seconds", "Seconds from arrival to the last token.", _LATENCY_BUCKETS_S
         )
+        self.prediction_error = histogram(
+            "baton_router_prediction_error_seconds",
+            "Seconds by which the prediction of a prompt's queue and prefill was off, either way.",
+            _LATENCY_BUCKETS_S,
+        )
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of placed choices.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self.running = Gauge(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from baton.kv.hashing import extend_chain
 from baton.routing import ClusterView, Placement, Policy, Request, WorkerView
+from baton.routing.correction import Correction
+from baton.routing.cost import compute_s
 from baton.rpc.v1 import worker_pb2
 from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
@@ -30,8 +32,14 @@ class _Promise:
 class Hold:
     """A placement and the work it promises to its workers until they report it themselves."""
 
-    def __init__(self, placement: Placement, promises: Sequence[tuple[deque[_Promise], _Promise]]) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        prompt_tokens: int,
+        promises: Sequence[tuple[deque[_Promise], _Promise]],
+    ) -> None:
         self.placement = placement
+        self.prompt_tokens = prompt_tokens
         self._promises = promises
 
     def release(self) -> None:
@@ -51,6 +59,7 @@ class Placer:
         self._sessions = sessions
         self._loads: dict[str, worker_pb2.WorkerLoad] = {}
         self._promised: dict[str, deque[_Promise]] = {}
+        self._correction = Correction()
 
     def place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
         """Choose workers for a request that has produced `output` so far, away from the workers in `avoid`.
@@ -69,7 +78,7 @@ class Placer:
             Unplaceable: not even the smallest request could be placed now; says why.
         """
         smallest = Request(prompt_tokens=1, blocks=1, block_size=1, block_bytes=1)
-        self._policy.place(smallest, ClusterView([worker.view for worker in self._reachable()]))
+        self._policy.choose(smallest, ClusterView([worker.view for worker in self._reachable()]))
 
     def longest_context(self) -> int | None:
         """Tokens of prompt and output that some decode worker can hold; None while there is none."""
@@ -90,8 +99,18 @@ class Placer:
         while promised and promised[0].made_s < reported_before_s:
             promised.popleft()
 
+    def on_prefill(self, hold: Hold, report: worker_pb2.PrefillReport) -> None:
+        """A worker computed the prompt of `hold`: learn how far its prefill curve is off."""
+        placement = hold.placement
+        remote = report.kind == worker_pb2.PrefillReport.REMOTE
+        worker = placement.computing if remote else placement.decode
+        predicted_s = compute_s(worker, hold.prompt_tokens, report.cached_tokens)
+        measured_curve_s = predicted_s / worker.prefill_curve.scale
+        self._correction.learn(worker.worker_id, measured_curve_s, report.prefill_s)
+
     def forget(self, worker_id: str) -> None:
         """The worker is gone."""
+        self._correction.forget(worker_id)
         self._loads.pop(worker_id, None)
         self._promised.pop(worker_id, None)
 
@@ -104,7 +123,7 @@ class Placer:
         ]
 
     def _current(self, worker: KnownWorker) -> WorkerView:
-        view = worker.view
+        view = self._correction.apply(worker.view)
         load = self._loads.get(view.worker_id)
         if load is not None:
             view = replace(
@@ -151,19 +170,17 @@ class Placer:
         )
 
     def _promise(self, placement: Placement, request: Request) -> Hold:
-        decode, prefill = placement.decode.worker_id, placement.prefill
-        computing = prefill.worker_id if prefill is not None else decode
-        uncached = request.prompt_tokens - request.cached_tokens(computing)
+        decode, computing = placement.decode.worker_id, placement.computing.worker_id
         now_s = time.monotonic()
         promises = []
         for worker_id in {decode, computing}:
             promise = _Promise(
                 made_s=now_s,
                 requests=1 if worker_id == decode else 0,
-                queued_tokens=uncached if worker_id == computing else 0,
+                queued_tokens=placement.compute_tokens if worker_id == computing else 0,
                 blocks=max(0, request.prompt_blocks - request.held.get(worker_id, 0)),
             )
             promised = self._promised.setdefault(worker_id, deque())
             promised.append(promise)
             promises.append((promised, promise))
-        return Hold(placement, promises)
+        return Hold(placement, request.prompt_tokens, promises)
