@@ -26,7 +26,7 @@ class Correction:
         """A prefill that the measured curve, uncorrected, put at `predicted_s` took `actual_s`."""
         if predicted_s <= 0 or actual_s <= 0:
             return
-        off = max(-_MOST, min(_MOST, log(actual_s / predicted_s)))
+        off = max(-_MOST, min(_MOST, log(actual_s) - log(predicted_s)))
         known = self._log_factors.get(worker_id, 0.0)
         self._log_factors[worker_id] = known + _WEIGHT * (off - known)
 
