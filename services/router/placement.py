@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from baton.kv.hashing import extend_chain
-from baton.routing import ClusterView, Placement, Policy, Request, WorkerView
+from baton.routing import ClusterView, Placement, Policy, Request
 from baton.routing.correction import Correction
 from baton.routing.cost import compute_s
 from baton.rpc.v1 import worker_pb2
 from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
+from services.router.promises import Promise, Promises, Work
 from services.router.sessions import SessionPool
-
-# How long a message may be under way: a load report that comes this much later than a promise was
-# made has the promised work in it.
-_IN_FLIGHT_S = 0.05
-
-
-@dataclass(eq=False, slots=True)
-class _Promise:
-    made_s: float
-    requests: int
-    queued_tokens: int
-    blocks: int
 
 
 class Hold:
     """A placement and the work it promises to its workers until they report it themselves."""
 
     def __init__(
-        self,
-        placement: Placement,
-        prompt_tokens: int,
-        promises: Sequence[tuple[deque[_Promise], _Promise]],
+        self, placement: Placement, prompt_tokens: int, owner: Promises, promises: Sequence[Promise]
     ) -> None:
         self.placement = placement
         self.prompt_tokens = prompt_tokens
+        self._owner = owner
         self._promises = promises
 
     def release(self) -> None:
         """The workers have the work, or will never have it."""
-        for promised, promise in self._promises:
-            if promise in promised:
-                promised.remove(promise)
+        for promise in self._promises:
+            self._owner.release(promise)
         self._promises = ()
 
 
@@ -57,9 +40,8 @@ class Placer:
         self._policy = policy
         self._cluster = cluster
         self._sessions = sessions
-        self._loads: dict[str, worker_pb2.WorkerLoad] = {}
-        self._promised: dict[str, deque[_Promise]] = {}
         self._correction = Correction()
+        self._promises = Promises(self._correction.apply)
 
     def place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
         """Choose workers for a request that has produced `output` so far, away from the workers in `avoid`.
@@ -69,7 +51,9 @@ class Placer:
         """
         known = self._reachable()
         request = self._request(generation, output, avoid, known)
-        placement = self._policy.place(request, ClusterView([self._current(worker) for worker in known]))
+        placement = self._policy.place(
+            request, ClusterView([self._promises.view(worker.view) for worker in known])
+        )
         return self._promise(placement, request)
 
     def check_ready(self) -> None:
@@ -92,12 +76,8 @@ class Placer:
         )
 
     def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None:
-        """A worker reported; work promised before the report left is in it."""
-        self._loads[worker_id] = load
-        promised = self._promised.get(worker_id)
-        reported_before_s = time.monotonic() - _IN_FLIGHT_S
-        while promised and promised[0].made_s < reported_before_s:
-            promised.popleft()
+        """A worker reported what it has to do."""
+        self._promises.on_load(worker_id, load)
 
     def on_prefill(self, hold: Hold, report: worker_pb2.PrefillReport) -> None:
         """A worker computed the prompt of `hold`: learn how far its prefill curve is off."""
@@ -107,12 +87,12 @@ class Placer:
         predicted_s = compute_s(worker, hold.prompt_tokens, report.cached_tokens)
         measured_curve_s = predicted_s / worker.prefill_curve.scale
         self._correction.learn(worker.worker_id, measured_curve_s, report.prefill_s)
+        self._promises.outdated(worker.worker_id)
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone."""
         self._correction.forget(worker_id)
-        self._loads.pop(worker_id, None)
-        self._promised.pop(worker_id, None)
+        self._promises.forget(worker_id)
 
     def _reachable(self) -> list[KnownWorker]:
         """Workers that can be used now: decode workers need a session."""
@@ -121,27 +101,6 @@ class Placer:
             for worker_id, worker in self._cluster.workers.items()
             if not worker.view.role.decodes or self._sessions.connected(worker_id) is not None
         ]
-
-    def _current(self, worker: KnownWorker) -> WorkerView:
-        view = self._correction.apply(worker.view)
-        load = self._loads.get(view.worker_id)
-        if load is not None:
-            view = replace(
-                view,
-                free_blocks=load.free_blocks,
-                running=load.running,
-                waiting=load.waiting,
-                queued_tokens=load.queued_tokens,
-            )
-        promised = self._promised.get(view.worker_id)
-        if not promised:
-            return view
-        return replace(
-            view,
-            free_blocks=max(0, view.free_blocks - sum(promise.blocks for promise in promised)),
-            waiting=view.waiting + sum(promise.requests for promise in promised),
-            queued_tokens=view.queued_tokens + sum(promise.queued_tokens for promise in promised),
-        )
 
     def _request(
         self,
@@ -171,16 +130,15 @@ class Placer:
 
     def _promise(self, placement: Placement, request: Request) -> Hold:
         decode, computing = placement.decode.worker_id, placement.computing.worker_id
-        now_s = time.monotonic()
-        promises = []
-        for worker_id in {decode, computing}:
-            promise = _Promise(
-                made_s=now_s,
-                requests=1 if worker_id == decode else 0,
-                queued_tokens=placement.compute_tokens if worker_id == computing else 0,
-                blocks=max(0, request.prompt_blocks - request.held.get(worker_id, 0)),
+        promises = [
+            self._promises.make(
+                worker_id,
+                Work(
+                    requests=1 if worker_id == decode else 0,
+                    queued_tokens=placement.compute_tokens if worker_id == computing else 0,
+                    blocks=max(0, request.prompt_blocks - request.held.get(worker_id, 0)),
+                ),
             )
-            promised = self._promised.setdefault(worker_id, deque())
-            promised.append(promise)
-            promises.append((promised, promise))
-        return Hold(placement, request.prompt_tokens, promises)
+            for worker_id in {decode, computing}
+        ]
+        return Hold(placement, request.prompt_tokens, self._promises, promises)

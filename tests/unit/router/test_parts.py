@@ -125,7 +125,7 @@ def test_a_report_takes_the_place_of_older_promises(monkeypatch: pytest.MonkeyPa
     before = place.place(generation(16), [], frozenset()).placement.decode
     assert (before.waiting, before.queued_tokens) == (1, 160)
     now = time.monotonic()
-    monkeypatch.setattr("services.router.placement.time.monotonic", lambda: now + 1)
+    monkeypatch.setattr("services.router.promises.time.monotonic", lambda: now + 1)
     place.on_load("a", worker_pb2.WorkerLoad(running=2, free_blocks=7, total_blocks=9))
     after = place.place(generation(16), [], frozenset()).placement.decode
     assert (after.running, after.waiting, after.queued_tokens, after.free_blocks) == (2, 0, 0, 7)
