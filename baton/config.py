@@ -89,6 +89,11 @@ class WorkerSettings:
         30.0, "seconds a stopping worker lets running requests finish", minimum=0
     )
     handoff_timeout_s: float = setting(120.0, "seconds a handoff may wait for its next message", minimum=0.1)
+    pull_timeout_s: float = setting(
+        10.0,
+        "seconds reading a cached prefix from a peer may take before it is computed instead",
+        minimum=0.1,
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,25 @@ class RouterSettings:
     )
     policy: PolicyName = setting("prefix", "how requests are placed")
     max_body_bytes: int = setting(8 * 1024 * 1024, "largest request body read", minimum=1024)
-    max_running: int = setting(1024, "requests in flight before the router answers 429", minimum=1)
+    max_running: int = setting(1024, "choices in flight; more requests wait", minimum=1)
+    batch_share: float = setting(
+        0.5, "share of --max-running that batch requests may take", minimum=0, maximum=1
+    )
+    prefill_ahead_s: float = setting(
+        1.0,
+        "seconds of predicted prefill queued at every worker from which on requests wait in the router",
+        minimum=0,
+    )
+    max_queued: int = setting(
+        1024, "requests of each class that wait in the router before it answers 429", minimum=0
+    )
+    queue_timeout_s: float = setting(30.0, "seconds an interactive request waits at most", minimum=0)
+    batch_queue_timeout_s: float = setting(300.0, "seconds a batch request waits at most", minimum=0)
+    trust_tenant_header: bool = setting(
+        False, "take the tenant from x-tenant-id: only behind a proxy that sets it"
+    )
+    tenant_weights: str = setting("", "shares of waiting tenants, as NAME=WEIGHT,NAME=WEIGHT [1 each]")
+    tenant_isolation: bool = setting(False, "never let a tenant reuse the KV of another's prompts")
     request_timeout_s: float = setting(600.0, "seconds a request may take in all", minimum=1)
     max_placements: int = setting(4, "placements tried for one request before it fails", minimum=1)
     stop_grace_s: float = setting(5.0, "seconds a stopping router lets running requests finish", minimum=0)

@@ -66,6 +66,8 @@ class RequestFields(SamplingFields, kw_only=True):
     add_special_tokens: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     request_id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    slo: Literal["interactive", "batch"] | None = None
+    service_tier: Name | None = None  # flex is batch; any other is interactive
 
 
 class CompletionRequest(RequestFields, kw_only=True):
@@ -142,7 +144,6 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
-        "service_tier",
         "store",
         "user",
     }

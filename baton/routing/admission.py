@@ -115,7 +115,7 @@ class Admission:
         """
         queue = self._queues[ticket.slo]
         ahead_s = self.predicted_wait_s(ticket, now_s, pace)
-        if now_s + ahead_s > min(ticket.arrived_s + self._limits.wait_s[ticket.slo], ticket.deadline_s):
+        if now_s + ahead_s > self.latest_start_s(ticket):
             raise Refused("too_late", ahead_s)
         victim = None
         if queue.length >= self._limits.waiting:
@@ -127,10 +127,14 @@ class Admission:
         queue.add(ticket)
         return victim
 
+    def latest_start_s(self, ticket: Ticket) -> float:
+        """When it is too late for the request to start."""
+        return min(ticket.arrived_s + self._limits.wait_s[ticket.slo], ticket.deadline_s)
+
     def next(self, now_s: float, *, room: bool) -> Ticket | None:
         """Start the request whose turn it is, if it fits; those whose time has passed are dropped."""
         for queue in self._queues.values():
-            while (ticket := queue.first()) is not None and self._overdue(ticket, now_s):
+            while (ticket := queue.first()) is not None and now_s > self.latest_start_s(ticket):
                 queue.remove(ticket)
             if ticket is None:
                 continue
@@ -173,9 +177,6 @@ class Admission:
         for each, queue in self._queues.items():
             if slo == "batch" or each == "interactive":
                 yield each, queue
-
-    def _overdue(self, ticket: Ticket, now_s: float) -> bool:
-        return now_s > min(ticket.arrived_s + self._limits.wait_s[ticket.slo], ticket.deadline_s)
 
     def _fits(self, ticket: Ticket) -> bool:
         if self.running + ticket.places > self._limits.places:

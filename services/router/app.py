@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from baton import __version__
 from baton.errors import BatonError, Unavailable
 from baton.openai.answer import DONE, error_shape, event
+from services.router.admission import reason_of
 from services.router.frontend import Frontend
 from services.router.http import ClientGone, Exchange, MethodNotAllowed, NotFound, Receive, Scope, Send
 from services.router.openai_api import OpenAiApi
@@ -45,14 +46,13 @@ class App:
         except ClientGone:
             log.debug("request %s: the client left", exchange.request_id)
         except BatonError as error:
-            self._frontend.metrics.rejected(error.openai_type)
+            self._frontend.metrics.rejected(reason_of(error))
             await _write_error(exchange, error)
         except Exception:
             log.exception("request %s failed", exchange.request_id)
-            self._frontend.metrics.rejected(BatonError.openai_type)
-            await _write_error(
-                exchange, BatonError(f"internal error; the router's log has it under {exchange.request_id}")
-            )
+            internal = BatonError(f"internal error; the router's log has it under {exchange.request_id}")
+            self._frontend.metrics.rejected(reason_of(internal))
+            await _write_error(exchange, internal)
 
     def _handler(self, exchange: Exchange) -> Handler:
         path = exchange.path
@@ -72,7 +72,7 @@ class App:
 
     async def _ready(self, exchange: Exchange) -> None:
         """200 when a request could be placed now."""
-        if self._frontend.admission.closed:
+        if self._frontend.door.closed:
             raise Unavailable("the router is shutting down")
         self._frontend.placer.check_ready()
         await exchange.json(200, {"status": "ready"})

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
 from baton.errors import BatonError
 from baton.openai.answer import Piece
 from baton.openai.params import ModelLimits, OutputBudget, settle, stops_of
 from baton.openai.schema import SamplingFields
-from services.router.admission import Admission
+from services.router.admission import Door
+from services.router.caller import Caller, Callers
 from services.router.generation import Generation, Placed
 from services.router.lifecycle import Lifecycle
 from services.router.metrics import Metrics
@@ -29,9 +31,10 @@ class Frontend:
     model: ServedModel
     placer: Placer
     lifecycle: Lifecycle
-    admission: Admission
+    door: Door
+    callers: Callers
     metrics: Metrics
-    request_timeout_s: float
+    tenant_isolation: bool
 
     def limits(self) -> ModelLimits:
         """What requests may ask for now: the model's limits, and no more than some worker can hold."""
@@ -47,6 +50,7 @@ class Frontend:
         limits: ModelLimits,
         *,
         prompt_token_ids: list[int],
+        caller: Caller,
         budget: OutputBudget,
         logprobs: int | None,
         request_id: str,
@@ -72,10 +76,11 @@ class Frontend:
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
+            caller=caller,
             stops=stops,
             include_stop=fields.include_stop_str_in_output or False,
             skip_special_tokens=fields.skip_special_tokens is not False,
-            cache_salt=cache_salt,
+            cache_salt=self._salt(caller, cache_salt),
         )
         others = [
             replace(first, sampling=replace(sampling, seed=(sampling.seed + index) % 2**64))
@@ -89,9 +94,11 @@ class Frontend:
         Raises:
             BatonError: the first failure.
         """
-        with self.admission.enter(len(generations)):
+        async with self._admitted(generations) as queue_s:
             if len(generations) == 1:
-                await self.lifecycle.run(generations[0], lambda placed, piece: emit(0, placed, piece))
+                await self.lifecycle.run(
+                    generations[0], lambda placed, piece: emit(0, placed, piece), queue_s=queue_s
+                )
                 return
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -100,7 +107,7 @@ class Frontend:
                         prompt = id(generation.prompt_token_ids)
                         leader = leaders.get(prompt)
                         begun = leaders.setdefault(prompt, asyncio.Event())
-                        tasks.create_task(self._run_one(index, generation, emit, leader, begun))
+                        tasks.create_task(self._run_one(index, generation, emit, leader, begun, queue_s))
             except* BatonError as group:
                 raise _first(group) from None
 
@@ -111,6 +118,7 @@ class Frontend:
         emit: EmitChoice,
         leader: asyncio.Event | None,
         begun: asyncio.Event,
+        queue_s: float,
     ) -> None:
         """Run a choice, but not before `leader`, the first choice of the same prompt, has a token: then
         the prompt's KV is there and need not be computed once per choice."""
@@ -121,7 +129,24 @@ class Frontend:
             begun.set()
             await emit(index, placed, piece)
 
-        await self.lifecycle.run(generation, emit_one)
+        await self.lifecycle.run(generation, emit_one, queue_s=queue_s)
+
+    def _admitted(self, generations: Sequence[Generation]) -> AbstractAsyncContextManager[float]:
+        """The choices' places; their prompts count once each, their outputs as long as outputs are now."""
+        prompts = {id(generation.prompt_token_ids): generation for generation in generations}
+        output_tokens = min(generations[0].sampling.max_tokens, self.lifecycle.mean_output_tokens)
+        return self.door.admitted(
+            generations[0].caller,
+            len(generations),
+            prompt_tokens=sum(len(generation.prompt_token_ids) for generation in prompts.values()),
+            output_tokens=output_tokens * len(generations),
+        )
+
+    def _salt(self, caller: Caller, cache_salt: str) -> str:
+        """The salt of the prompt's blocks; where tenants are kept apart, no two tenants share one."""
+        if not self.tenant_isolation:
+            return cache_salt
+        return f"{len(caller.tenant)}:{caller.tenant}{cache_salt}"
 
 
 def _first(group: BaseExceptionGroup[BatonError]) -> BatonError:

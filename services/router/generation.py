@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from baton.openai.answer import Piece
 from baton.sampling import Sampling
+from services.router.caller import Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class Generation:
     request_id: str
     prompt_token_ids: list[int]
     sampling: Sampling
+    caller: Caller
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
@@ -27,13 +29,16 @@ class Placed:
     """What came of the first placement that gave a token.
 
     `prefill` is remote, local or cached; `prefill_worker` is empty unless it is remote;
-    `cached_tokens` are prompt tokens whose KV was not computed for this request.
+    `cached_tokens` are prompt tokens whose KV was not computed for this request. `predicted_s` are the
+    seconds that the first token was predicted to take from its placement on, `queue_s` those before.
     """
 
     prefill: str
     decode_worker: str
     prefill_worker: str
     cached_tokens: int
+    predicted_s: float
+    queue_s: float
 
 
 Emit = Callable[[Placed, Piece], Awaitable[None]]

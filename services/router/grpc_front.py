@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -17,8 +18,11 @@ from baton.openai.parse import invalid
 from baton.openai.schema import Message, SamplingFields, TopLogprobs
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 from baton.sampling import FinishReason
+from services.router.admission import reason_of
+from services.router.caller import Caller
 from services.router.frontend import Frontend
 from services.router.generation import Placed
+from services.router.http import retry_after
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +51,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         request_id = request.request_id or uuid.uuid4().hex
-        limit_s = self._frontend.request_timeout_s
+        limit_s = self._frontend.callers.timeout_s
         try:
+            caller = self._caller(context)
+            limit_s = caller.timeout_s
             async with asyncio.timeout(limit_s) as scope:
-                await self._generate(request, request_id, context)
+                await self._generate(request, request_id, caller, context)
         except BatonError as error:
             await self._abort(context, error)
         except TimeoutError:
             if not scope.expired():
                 raise
-            late = f"the answer was not complete after {limit_s:.0f} s (--request-timeout-s)"
+            late = f"the answer was not complete after {limit_s:g} s, the call's limit"
             await self._abort(context, DeadlineExceeded(late))
         except Exception:
             log.exception("request %s failed", request_id)
@@ -86,7 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def _generate(
-        self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
+        self, request: inference_pb2.GenerateRequest, request_id: str, caller: Caller, context: Context
     ) -> None:
         self._model.check_name(request.model)
         for field, value in (("request_id", request_id), ("cache_salt", request.cache_salt)):
@@ -99,6 +105,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             fields,
             limits,
             prompt_token_ids=prompt,
+            caller=caller,
             budget=OutputBudget("max_tokens", fields.max_tokens, None),
             logprobs=fields.logprobs,
             request_id=request_id,
@@ -116,6 +123,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         await self._frontend.run(generations, emit)
         await context.write(inference_pb2.GenerateResponse(request_id=request_id, usage=usage))
+
+    def _caller(self, context: Context) -> Caller:
+        """Who calls, by the metadata of the same names as the HTTP headers, and until when."""
+        metadata = {
+            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
+        }
+        caller = self._frontend.callers.read(lambda name: metadata.get(name, ""))
+        remaining_s = context.time_remaining()
+        if remaining_s is None:
+            return caller
+        return replace(caller, timeout_s=max(0.0, min(caller.timeout_s, remaining_s)))
 
     async def _prompt(
         self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, limits: ModelLimits
@@ -142,12 +160,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _abort(self, context: Context, error: BatonError) -> None:
         """End the call with the error's code; `baton-field` names the field at fault."""
-        self._frontend.metrics.rejected(error.openai_type)
+        self._frontend.metrics.rejected(reason_of(error))
         trailers: list[tuple[str, str | bytes]] = []
         if error.field is not None and error.field.isascii() and error.field.isprintable():
             trailers.append(("baton-field", error.field))
         if isinstance(error, Overloaded):
-            trailers.append(("retry-after", str(max(1, round(error.retry_after_s)))))
+            trailers.append(("retry-after", str(retry_after(error))))
         await context.abort(error.grpc_code, error.message, tuple(trailers))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ Headers = Mapping[str, str]
 
 _BODY_TIMEOUT_S = 60.0
 _MAX_REQUEST_ID = 128
+_LONGEST_RETRY_S = 3600
 
 
 class ClientGone(Exception):
@@ -60,19 +62,17 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        # Of a header given twice the first counts.
+        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
-        self.request_id = _usable(self.header(b"x-request-id")) or uuid.uuid4().hex
+        self.request_id = _usable(self.header("x-request-id")) or uuid.uuid4().hex
         self.started = False
 
-    def header(self, name: bytes) -> str:
+    def header(self, name: str) -> str:
         """A request header by its lower-case name; empty when absent."""
-        for key, value in self._headers:
-            if key == name:
-                return value.decode("latin-1")
-        return ""
+        return self._headers.get(name.encode(), b"").decode("latin-1")
 
     async def json_body(self) -> bytes:
         """The whole body, which the headers say is JSON.
@@ -80,19 +80,19 @@ class Exchange:
         Raises:
             UnsupportedMediaType, RequestTooLarge, BodyTooSlow, ClientGone
         """
-        content_type = self.header(b"content-type").partition(";")[0].strip().lower()
+        content_type = self.header("content-type").partition(";")[0].strip().lower()
         if content_type not in ("", "application/json"):
             raise UnsupportedMediaType(
                 f"content-type: {content_type[:64]!r} is not accepted; send application/json",
                 field="content-type",
             )
-        encoding = self.header(b"content-encoding").strip().lower()
+        encoding = self.header("content-encoding").strip().lower()
         if encoding not in ("", "identity"):
             raise UnsupportedMediaType(
                 f"content-encoding: {encoding[:64]!r} is not accepted; send the body uncompressed",
                 field="content-encoding",
             )
-        length = self.header(b"content-length")
+        length = self.header("content-length")
         if length.isdecimal() and int(length) > self._max_body_bytes:
             raise self._too_large()
         try:
@@ -153,7 +153,7 @@ class Exchange:
             if gone:
                 raise ClientGone from None
             raise DeadlineExceeded(
-                f"the answer was not complete after {limit_s:.0f} s (--request-timeout-s)"
+                f"the answer was not complete after {limit_s:g} s (--request-timeout-s, x-baton-timeout-s)"
             ) from None
 
     async def respond(
@@ -188,7 +188,7 @@ class Exchange:
         """Write an error as the whole response."""
         headers = {}
         if isinstance(error, Overloaded):
-            headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+            headers["retry-after"] = str(retry_after(error))
         if isinstance(error, MethodNotAllowed):
             headers["allow"] = error.allowed
         await self.json(error.http_status, error_shape(error), headers)
@@ -200,6 +200,11 @@ class Exchange:
         ]
         raw.append((b"x-request-id", self.request_id.encode("latin-1")))
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+def retry_after(error: Overloaded) -> int:
+    """Whole seconds for the header of that name."""
+    return min(_LONGEST_RETRY_S, max(1, math.ceil(error.retry_after_s)))
 
 
 def _usable(request_id: str) -> str:

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 # A worker that takes over may still be starting: longer than it takes to notice that one has died.
 _REPLACEMENT_WAIT_S = 15.0
 _RETRY_AFTER_S = 1.0
+# How long outputs are expected to be: at first, and how much the newest one changes that.
+_FIRST_GUESS_TOKENS = 256.0
+_NEWEST_WEIGHT = 0.02
 
 _FINISHED: dict[int, FinishReason | None] = {
     inference_pb2.FINISH_REASON_UNSPECIFIED: None,
@@ -85,19 +88,28 @@ class Lifecycle:
         self._metrics = metrics
         self._policy = policy
         self._max_placements = max_placements
+        self._mean_output_tokens = _FIRST_GUESS_TOKENS
 
-    async def run(self, generation: Generation, emit: Emit) -> None:
+    @property
+    def mean_output_tokens(self) -> int:
+        """Tokens that a choice has had lately, on average."""
+        return round(self._mean_output_tokens)
+
+    async def run(self, generation: Generation, emit: Emit, *, queue_s: float) -> None:
         """Generate and emit every piece of the choice. Cancelling the caller cancels the work everywhere.
+
+        `queue_s` are the seconds for which the request waited to be let in.
 
         Raises:
             InvalidRequest: no worker could ever run it.
             Overloaded, Unavailable: no worker would take it, or none of `max_placements` finished it.
         """
-        choice = _Choice(self, generation, emit)
+        choice = _Choice(self, generation, emit, queue_s)
         try:
             await self._follow(choice, generation)
         finally:
             self._metrics.generation_tokens.inc(choice.tokens)
+            self._mean_output_tokens += _NEWEST_WEIGHT * (choice.tokens - self._mean_output_tokens)
 
     async def _follow(self, choice: _Choice, generation: Generation) -> None:
         """From placement to placement until the choice has ended or there are no more."""
@@ -141,13 +153,14 @@ class Lifecycle:
 class _Choice:
     """The state of one choice that outlives its placements."""
 
-    def __init__(self, owner: Lifecycle, generation: Generation, emit: Emit) -> None:
+    def __init__(self, owner: Lifecycle, generation: Generation, emit: Emit, queue_s: float) -> None:
         self._metrics = owner._metrics
         self._placer = owner._placer
         self._sessions = owner._sessions
         self._policy = owner._policy
         self._generation = generation
         self._emit = emit
+        self._queue_s = queue_s
         detokenizer = Detokenizer.create(
             owner._tokenizer,
             generation.prompt_token_ids,
@@ -193,14 +206,14 @@ class _Choice:
                         if output.HasField("prefill"):
                             hold.release()
                             self._note_prefill(output.prefill, hold)
-                        if await self._take(output, worker_id):
+                        if await self._take(output, placement):
                             return
         except SessionBroken as error:
             raise PlacementFailed("session_broken", worker_id, Unavailable(str(error))) from error
         except ClientTooSlow as error:
             raise Unavailable(f"the client reads too slowly: {error}") from error
 
-    async def _take(self, output: worker_pb2.RequestOutput, worker_id: str) -> bool:
+    async def _take(self, output: worker_pb2.RequestOutput, placement: Placement) -> bool:
         """Emit one step's output; whether it was the last. Runs once per token: keep it lean."""
         finished = _FINISHED[output.finish_reason]
         tokens = output.token_ids[:]
@@ -208,7 +221,7 @@ class _Choice:
         if first:
             self._prompt_logprobs.extend(output.prompt_logprobs)
             if self._placed is None:
-                self._placed = Placed("local", worker_id, "", 0)
+                self._note_placed("local", 0, placement)
         if not tokens and finished is None:
             return False
         delta = self._text.push(
@@ -235,13 +248,18 @@ class _Choice:
         kind = _KINDS.get(report.kind, "local")
         self._metrics.placed(kind, self._policy)
         if self._placed is None:
-            remote = placement.prefill is not None and kind == "remote"
-            self._placed = Placed(
-                kind,
-                placement.decode.worker_id,
-                placement.prefill.worker_id if remote and placement.prefill else "",
-                report.cached_tokens,
-            )
+            self._note_placed(kind, report.cached_tokens, placement)
+
+    def _note_placed(self, kind: str, cached_tokens: int, placement: Placement) -> None:
+        remote = placement.prefill is not None and kind == "remote"
+        self._placed = Placed(
+            kind,
+            placement.decode.worker_id,
+            placement.prefill.worker_id if remote and placement.prefill else "",
+            cached_tokens,
+            placement.terms.first_token_s,
+            self._queue_s,
+        )
 
     def _observe(self, tokens: int, first: bool) -> None:
         now_s = time.monotonic()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import Histogram as PlainHistogram
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -76,6 +78,14 @@ class Metrics:
         self.running = Gauge(
             "vllm:num_requests_running", "Choices in flight.", label, registry=registry
         ).labels(model)
+        queue_seconds = PlainHistogram(
+            "baton_router_queue_seconds",
+            "Seconds requests waited in the router before they were placed.",
+            ["slo"],
+            registry=registry,
+            buckets=_LATENCY_BUCKETS_S,
+        )
+        self.queue_seconds = {slo: queue_seconds.labels(slo) for slo in ("interactive", "batch")}
         self.kvstore_connected = Gauge(
             "baton_router_kvstore_connected",
             "1 while the kvstore's streams are up; at 0 the router goes on with the last known state.",
@@ -112,6 +122,24 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
+
+    def show_queues(self, waiting: Callable[[], Mapping[str, int]]) -> None:
+        """Show what waits in the router, as `waiting` counts it by class."""
+        total = Gauge(
+            "vllm:num_requests_waiting",
+            "Requests waiting in the router.",
+            ["model_name"],
+            registry=self._registry,
+        )
+        total.labels(self._model).set_function(lambda: sum(waiting().values()))
+        queued = Gauge(
+            "baton_router_queue_requests",
+            "Requests waiting in the router, by class.",
+            ["slo"],
+            registry=self._registry,
+        )
+        for slo in waiting():
+            queued.labels(slo).set_function(partial(lambda of: waiting()[of], slo))
 
     def render(self) -> tuple[bytes, str]:
         """The page Prometheus scrapes, and its content type."""

@@ -23,6 +23,7 @@ from baton.openai.schema import (
 )
 from baton.sampling import FinishReason
 from baton.text import Delta
+from services.router.caller import Caller
 from services.router.frontend import Frontend
 from services.router.generation import Generation, Placed
 from services.router.http import Exchange, Headers
@@ -54,6 +55,7 @@ class OpenAiApi:
     async def completions(self, exchange: Exchange) -> None:
         request = self._completions.parse(await exchange.json_body())
         self._check(request)
+        caller = self._caller(request, exchange)
         limits = self._frontend.limits()
         prompts = await self._prompts(request, limits)
         only_echo = request.echo is True and request.max_tokens == 0
@@ -66,6 +68,7 @@ class OpenAiApi:
                 request,
                 limits,
                 prompt_token_ids=list(prompt.token_ids),
+                caller=caller,
                 budget=budget,
                 logprobs=request.logprobs,
                 request_id=exchange.request_id,
@@ -80,6 +83,7 @@ class OpenAiApi:
         self._check(request)
         if request.top_logprobs is not None and not request.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs to be true", field="top_logprobs")
+        caller = self._caller(request, exchange)
         limits = self._frontend.limits()
         text = self._model.render(
             request.messages,
@@ -97,6 +101,7 @@ class OpenAiApi:
             request,
             limits,
             prompt_token_ids=prompt,
+            caller=caller,
             budget=budget,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             request_id=exchange.request_id,
@@ -164,6 +169,11 @@ class OpenAiApi:
             raise InvalidRequest("stream_options: only when stream is true", field="stream_options")
         if request.prompt_logprobs is not None and request.stream:
             raise InvalidRequest("prompt_logprobs: only when stream is false", field="prompt_logprobs")
+
+    def _caller(self, request: RequestFields, exchange: Exchange) -> Caller:
+        return self._frontend.callers.read(
+            exchange.header, slo=request.slo, service_tier=request.service_tier
+        )
 
     def _head(self, kind: str, exchange: Exchange) -> Head:
         return Head(f"{kind}-{exchange.request_id}", int(time.time()), self._model.name, _FINGERPRINT)
@@ -236,7 +246,7 @@ class _Answer:
     async def write(self, request: RequestFields, *, without_output: bool) -> None:
         """Run the choices and write what they say; `without_output` keeps the prompt's echo alone."""
         self._without_output = without_output
-        async with self._exchange.while_connected(self._frontend.request_timeout_s):
+        async with self._exchange.while_connected(self._generations[0].caller.timeout_s):
             if request.stream:
                 await self._stream(request)
             else:
@@ -294,6 +304,8 @@ def _placed_headers(placed: Placed) -> Headers:
         "x-baton-prefill": placed.prefill,
         "x-baton-decode-worker": placed.decode_worker,
         "x-baton-cached-tokens": str(placed.cached_tokens),
+        "x-baton-predicted-s": f"{placed.predicted_s:.4f}",
+        "x-baton-queue-s": f"{placed.queue_s:.4f}",
     }
     if placed.prefill_worker:
         headers["x-baton-prefill-worker"] = placed.prefill_worker

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.kv.hashing import extend_chain
-from baton.routing import ClusterView, Placement, Policy, Request
+from baton.routing import ClusterView, Placement, Policy, Request, Role, WorkerView
+from baton.routing.admission import Pace
 from baton.routing.correction import Correction
 from baton.routing.cost import compute_s
 from baton.rpc.v1 import worker_pb2
@@ -13,6 +14,13 @@ from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
 from services.router.promises import Promise, Promises, Work
 from services.router.sessions import SessionPool
+
+# The prompt length at which prefill speed is read off the workers' curves, in tokens.
+_PROMPT_TOKENS = 512
+# Requests that may wait at a decode worker that runs fewer.
+_BATCH = 64
+# Conversations whose last decode worker is remembered.
+_CONVERSATIONS = 65_536
 
 
 class Hold:
@@ -42,6 +50,7 @@ class Placer:
         self._sessions = sessions
         self._correction = Correction()
         self._promises = Promises(self._correction.apply)
+        self._conversations: dict[str, str] = {}
 
     def place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
         """Choose workers for a request that has produced `output` so far, away from the workers in `avoid`.
@@ -54,6 +63,8 @@ class Placer:
         placement = self._policy.place(
             request, ClusterView([self._promises.view(worker.view) for worker in known])
         )
+        if request.session:
+            self._remember(request.session, placement.decode.worker_id)
         return self._promise(placement, request)
 
     def check_ready(self) -> None:
@@ -73,6 +84,30 @@ class Placer:
                 if worker.view.role.decodes
             ),
             default=None,
+        )
+
+    def has_room(self, ahead_s: float) -> bool:
+        """Whether some worker would begin a prompt within `ahead_s`, and some decode worker has not
+        a whole batch waiting yet. Also when there is no worker: waiting would not help."""
+        decoders, prefillers = self._takers()
+        if not decoders:
+            return True
+        return any(worker.backlog_s <= ahead_s for worker in prefillers) and any(
+            worker.waiting < max(_BATCH, worker.running) for worker in decoders
+        )
+
+    def pace(self, ahead_s: float) -> Pace:
+        """How fast waiting requests will start and end, as the workers' curves have it."""
+        decoders, prefillers = self._takers()
+        if not decoders:
+            return Pace()
+        prompt_s = sum(worker.prefill_curve.seconds(_PROMPT_TOKENS) for worker in prefillers)
+        step_s = sum(worker.decode_curve.seconds(max(1, worker.running)) for worker in decoders)
+        return Pace(
+            prefill_s=prompt_s / len(prefillers) / _PROMPT_TOKENS,
+            prefillers=len(prefillers),
+            step_s=step_s / len(decoders),
+            backlog_s=max(0.0, min(worker.backlog_s for worker in prefillers) - ahead_s),
         )
 
     def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None:
@@ -102,6 +137,14 @@ class Placer:
             if not worker.view.role.decodes or self._sessions.connected(worker_id) is not None
         ]
 
+    def _takers(self) -> tuple[list[WorkerView], list[WorkerView]]:
+        """The workers that take requests to decode and those that take prompts: without dedicated ones,
+        the same."""
+        views = [self._promises.view(worker.view) for worker in self._reachable()]
+        decoders = [view for view in views if view.role.decodes and not view.draining]
+        prefillers = [view for view in views if view.role is Role.PREFILL and not view.draining]
+        return decoders, prefillers or decoders
+
     def _request(
         self,
         generation: Generation,
@@ -126,7 +169,16 @@ class Placer:
             block_bytes=max((layout.block_bytes for layout in layouts), default=1),
             held=held,
             avoid=avoid,
+            slo=generation.caller.slo,
+            session=generation.caller.session,
+            session_worker=self._conversations.get(generation.caller.session),
         )
+
+    def _remember(self, session: str, worker_id: str) -> None:
+        self._conversations.pop(session, None)
+        self._conversations[session] = worker_id
+        if len(self._conversations) > _CONVERSATIONS:
+            del self._conversations[next(iter(self._conversations))]
 
     def _promise(self, placement: Placement, request: Request) -> Hold:
         decode, computing = placement.decode.worker_id, placement.computing.worker_id

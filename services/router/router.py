@@ -12,8 +12,9 @@ from baton.config import Settings
 from baton.routing import Policy, Unplaceable, create_policy
 from baton.rpc.server import Server
 from baton.rpc.v1 import inference_pb2_grpc, worker_pb2
-from services.router.admission import Admission
+from services.router.admission import Door
 from services.router.app import App
+from services.router.caller import Callers
 from services.router.cluster import Cluster
 from services.router.frontend import Frontend
 from services.router.grpc_front import InferenceService
@@ -47,6 +48,7 @@ class Router:
         self.sessions = SessionPool(router_id, self.on_load, self._changes.notify)
         policy: Policy = create_policy(self._settings.policy, random.Random())
         self._placer = Placer(policy, cluster, self.sessions)
+        self._door = Door(self._settings, self._placer, self.metrics)
         lifecycle = Lifecycle(
             self._placer,
             self.sessions,
@@ -60,10 +62,12 @@ class Router:
             model=self.model,
             placer=self._placer,
             lifecycle=lifecycle,
-            admission=Admission(self._settings.max_running, self.metrics),
+            door=self._door,
+            callers=Callers(self._settings.trust_tenant_header, self._settings.request_timeout_s),
             metrics=self.metrics,
-            request_timeout_s=self._settings.request_timeout_s,
+            tenant_isolation=self._settings.tenant_isolation,
         )
+        self.metrics.show_queues(self._door.waiting)
         self.http_port = 0
         self.grpc_port = 0
         self.metrics_port = 0
@@ -72,9 +76,11 @@ class Router:
         """The registry's workers changed: hold sessions with them."""
         self.sessions.sync(worker.view for worker in self._cluster.workers.values())
         self._changes.notify()
+        self._door.advance()
 
     def on_load(self, worker_id: str, load: worker_pb2.WorkerLoad) -> None:
         self._placer.on_load(worker_id, load)
+        self._door.advance()
 
     def on_gone(self, worker_id: str) -> None:
         self._placer.forget(worker_id)
@@ -118,7 +124,7 @@ class Router:
                     listening.set()
                     await stop.wait()
                     log.info("stopping: running requests have %.0f s", grace_s)
-                    self.frontend.admission.close()
+                    self._door.close()
                     http.stop()
                     followers.pop().cancel()  # health says NOT_SERVING from here on
                     await server.stop(grace_s)

@@ -182,7 +182,7 @@ async def test_choices_of_one_prompt_wait_until_its_kv_is_there(
 async def test_too_many_requests_are_refused_before_any_work(worker: FakeWorker) -> None:
     worker.hold_at = 1
     async with (
-        running_router(worker, max_running=2) as router,
+        running_router(worker, max_running=2, max_queued=0) as router,
         httpx.AsyncClient(base_url=router.base_url, timeout=10) as client,
     ):
         asking = asyncio.create_task(client.post(C, json={**ASK, "n": 2}))

@@ -19,6 +19,7 @@ from baton.kv.index import PrefixIndex
 from baton.routing import Role, Unplaceable, create_policy
 from baton.rpc.v1 import worker_pb2
 from baton.sampling import Sampling
+from services.router.caller import Caller
 from services.router.generation import Generation
 from services.router.http_server import listen
 from services.router.placement import Placer
@@ -103,8 +104,9 @@ def placer(policy: str, *workers) -> tuple[Placer, FakeCluster]:
     return Placer(create_policy(policy, Random(0)), cluster, AllConnected()), cluster
 
 
-def generation(tokens: int, salt: str = "") -> Generation:
-    return Generation("r", list(range(tokens)), Sampling(max_tokens=16), cache_salt=salt)
+def generation(tokens: int, salt: str = "", session: str = "") -> Generation:
+    caller = Caller(tenant="", slo="interactive", session=session, timeout_s=60)
+    return Generation("r", list(range(tokens)), Sampling(max_tokens=16), caller, cache_salt=salt)
 
 
 def test_promised_work_counts_until_the_worker_has_reported_it() -> None:
@@ -140,6 +142,15 @@ def test_the_prefix_decides_and_a_salt_keeps_tenants_apart() -> None:
     assert request.blocks == 11
     other = place._request(generation(160, "tenant"), [], frozenset(), place._reachable())
     assert not other.held
+
+
+def test_a_conversation_is_followed_to_its_worker() -> None:
+    place, _ = placer("prefix", *(known(name, "x:1") for name in "abcdefgh"))
+    first = place.place(generation(160, session="s"), [], frozenset()).placement.decode.worker_id
+    request = place._request(generation(160, session="s"), [], frozenset(), place._reachable())
+    assert (request.session, request.session_worker) == ("s", first)
+    stranger = place._request(generation(160, session="t"), [], frozenset(), place._reachable())
+    assert stranger.session_worker is None
 
 
 def test_prefill_only_and_avoided_workers_cannot_decode() -> None:

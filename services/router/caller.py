@@ -1,0 +1,83 @@
+"""Who asks, how urgently, in which conversation and until when: from headers or gRPC metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from baton.errors import InvalidRequest
+from baton.routing import Slo
+
+_MAX_NAME = 256
+
+Header = Callable[[str], str]
+"""A header by its lower-case name; empty when absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`tenant` is empty where tenants are not told apart, `session` where the request names none;
+    `timeout_s` is how long the caller waits for the whole answer, from now."""
+
+    tenant: str
+    slo: Slo
+    session: str
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Callers:
+    """Reads who the caller is. `trust_tenant`: what stands before the router sets `x-tenant-id`."""
+
+    trust_tenant: bool
+    timeout_s: float
+
+    def read(self, header: Header, *, slo: Slo | None = None, service_tier: str | None = None) -> Caller:
+        """`slo` and `service_tier` are what the request's body says: `slo` beats the header, which beats
+        the tier, of which `flex` means batch.
+
+        Raises:
+            InvalidRequest: naming the header that cannot be used.
+        """
+        if slo is None:
+            slo = _slo(header("x-baton-slo")) or ("batch" if service_tier == "flex" else "interactive")
+        return Caller(
+            tenant=_name("x-tenant-id", header) if self.trust_tenant else "",
+            slo=slo,
+            session=_name("x-session-id", header),
+            timeout_s=min(self.timeout_s, _seconds("x-baton-timeout-s", header)),
+        )
+
+
+def _slo(value: str) -> Slo | None:
+    match value:
+        case "":
+            return None
+        case "interactive":
+            return "interactive"
+        case "batch":
+            return "batch"
+    raise InvalidRequest(
+        f"x-baton-slo: must be interactive or batch, got {value[:64]!r}", field="x-baton-slo"
+    )
+
+
+def _name(name: str, header: Header) -> str:
+    value = header(name)
+    if len(value) > _MAX_NAME:
+        raise InvalidRequest(f"{name}: at most {_MAX_NAME} characters", field=name)
+    return value
+
+
+def _seconds(name: str, header: Header) -> float:
+    value = header(name)
+    if not value:
+        return math.inf
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequest(f"{name}: must be seconds above 0, got {value[:64]!r}", field=name)
+    return seconds
