@@ -1,39 +1,101 @@
 """Which worker holds how much of a prompt: the replica of the prefix index that every router keeps.
 
-Each tier is one table from block id to the set of workers that hold the block, the set being the bits
-of an int. A worker holds all blocks before any block it holds (it evicts leaf first), so along a
-prompt's chain the set only shrinks, and where two blocks have the same set, so has all between them:
-a lookup probes the ends and halves only the stretches in which somebody drops out.
+Each tier is one table from block to the set of workers that hold it, the set being the bits of an int.
+A worker holds all blocks before any block it holds (it evicts leaf first), so along a prompt's chain
+the set only shrinks, and where two blocks have the same set, so has all between them: a lookup probes
+the ends and halves only the stretches in which somebody drops out.
+
+A table knows blocks by the last 64 bits of their ids. Two blocks that agree in those by chance cost a
+wrong prediction, no more: workers know their blocks by all 128.
+
+How the memory stays bounded: an entry carries beside its set the *generation* of its last use. What is
+stored starts in the oldest generation there is; a chain that is looked up is lifted, root first, into
+the newest. So no block is in a newer generation than the blocks before it, and giving up the oldest
+generations whole makes no hole in any chain. A block that is stored after the ones before it were given
+up is true all the same (its worker does hold them): it is only not found until they are stored again.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from struct import Struct
+from sys import getsizeof
 
-from baton.kv.events import Cleared, Event, Removed, SequenceGate, Stored, Tier, Verdict, WorkerEvents
+from baton.kv.events import Event, Removed, SequenceGate, Stored, Tier, Verdict, WorkerEvents
 
-_SWEEP_PER_MESSAGE = 1024
-_SWEEP_PER_BLOCK = 4
+# A table is cut into shards by the low bits of the key, so that sweeping or growing one is short work.
+_SHARD_BITS = 8
+_SHARDS = 1 << _SHARD_BITS
+_SHARD = _SHARDS - 1
+_GENERATION_BITS = 32
+_GENERATION = (1 << _GENERATION_BITS) - 1
+_KEY = Struct("=Q").unpack_from
+_KEY_BYTES = 32  # an int of up to 60 bits, as the allocator rounds it
+_SET_BYTES = 48
 _MAX_SHARED_SETS = 65_536
+_SWEEP_PER_MESSAGE = 1024
+_SWEEP_PER_BLOCK = 16
+_MAX_WAITING_BLOCKS = 65_536
+_PIECE = 1024
+_HEADROOM = 8
+_GENERATIONS = 16
+_SAMPLED_SHARDS = 16
+
+_Table = list[dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class TierCounts:
+    """How many leading blocks of a chain a worker has on the device, then in host memory, then on disk.
+
+    A block in several tiers counts where it is fastest to reach, and no later block counts as faster
+    than one before it: a chain is read in order.
+    """
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """Leading blocks held in any tier."""
+        return self.device + self.host + self.disk
 
 
 class PrefixIndex:
     """A table of who holds what, fed by `apply` in the order the kvstore sends.
 
-    Forgetting a worker costs nothing at once: its bit is retired, ignored from then on, and cleaned
-    out of the tables a few entries at a time by the messages that follow.
+    Forgetting a worker costs nothing at once: its bit is retired, ignored from then on, and cleaned out
+    of the tables a shard at a time by the messages that follow. Eviction works the same way.
+
+    Args:
+        max_bytes: memory that the tables may take; 0 is no bound. An eighth of it is room to work in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = 0) -> None:
         self._gate = SequenceGate()
-        self._tables: dict[Tier, dict[bytes, int]] = {tier: {} for tier in Tier}
+        self._tables: dict[Tier, _Table] = {}
         self._bits: dict[str, int] = {}
         self._workers: dict[int, str] = {}
         self._live = 0
         self._retired = 0
-        self._sweep: Iterator[bool] | None = None
-        # Few distinct sets cover millions of blocks; equal ones share one int object.
+        self._sweep: Iterator[int] | None = None
+        self._sweep_budget = 0
+        # Few distinct values cover millions of blocks; equal ones share one int object.
         self._shared: dict[int, int] = {}
+        self._max_shared = min(_MAX_SHARED_SETS, max_bytes // 4096) if max_bytes else _MAX_SHARED_SETS
+        self._max_bytes = max_bytes
+        self._until_weighed = 0
+        self._touching = False
+        self._used: deque[Sequence[bytes]] = deque()
+        self._used_blocks = 0
+        self._lifted = 0
+        self._cut = 0  # entries up to this generation are given up
+        self._newest = 2
+        self.evicted = 0
+        """Entries given up to the bound so far."""
 
     def apply(self, message: WorkerEvents) -> Verdict:
         """Take one message. RESYNC means that the caller must subscribe again; nothing was changed."""
@@ -43,7 +105,7 @@ class PrefixIndex:
         if verdict in (Verdict.REPLACE, Verdict.APPLY):
             for event in message.events:
                 self._take(message.worker_id, event)
-        self._advance_sweep(_SWEEP_PER_MESSAGE + _SWEEP_PER_BLOCK * message.blocks())
+        self._advance_sweep(_SWEEP_PER_MESSAGE)
         return verdict
 
     def drop(self, worker_id: str) -> None:
@@ -62,16 +124,80 @@ class PrefixIndex:
 
     def lookup(self, block_ids: Sequence[bytes]) -> dict[str, int]:
         """How many leading blocks of a chain each worker holds, in any tier; those with none are left out."""
-        tables = [table for table in self._tables.values() if table]
+        held = self._lookup(block_ids, list(self._tables.values()))
+        if self._touching and held and self._used_blocks + len(block_ids) <= _MAX_WAITING_BLOCKS:
+            self._used.append(block_ids)
+            self._used_blocks += len(block_ids)
+        return held
+
+    def lookup_tiers(self, block_ids: Sequence[bytes]) -> dict[str, TierCounts]:
+        """Like `lookup`, with how many of the leading blocks lie in which tier."""
+        held = self.lookup(block_ids)
+        if self._tables.keys() <= {Tier.DEVICE}:
+            return {worker_id: TierCounts(device=blocks) for worker_id, blocks in held.items()}
+        tables = [self._tables[tier] for tier in Tier if tier in self._tables]
+        fast: dict[Tier, dict[str, int]] = {}
+        for tier in (Tier.DEVICE, Tier.HOST):
+            faster = [self._tables[t] for t in Tier if t <= tier and t in self._tables]
+            fast[tier] = held if len(faster) == len(tables) else self._lookup(block_ids, faster)
+        found = {}
+        for worker_id, blocks in held.items():
+            device = fast[Tier.DEVICE].get(worker_id, 0)
+            host = max(device, fast[Tier.HOST].get(worker_id, 0))
+            found[worker_id] = TierCounts(device, host - device, blocks - host)
+        return found
+
+    def holders(self, block_id: bytes) -> dict[str, Tier]:
+        """Every worker that holds the block, with the fastest tier it has it in."""
+        found: dict[str, Tier] = {}
+        for tier in Tier:
+            if tier in self._tables:
+                for worker_id in self._names(self._probe([self._tables[tier]])(block_id)):
+                    found.setdefault(worker_id, tier)
+        return found
+
+    def __len__(self) -> int:
+        """Entries in the tables: blocks, once per tier, those not yet swept out included."""
+        return sum(len(shard) for table in self._tables.values() for shard in table)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the tables take."""
+        shards = sum(getsizeof(shard) for table in self._tables.values() for shard in table)
+        return shards + _KEY_BYTES * len(self) + getsizeof(self._shared) + _SET_BYTES * len(self._shared)
+
+    # ---- reading ------------------------------------------------------------------------------
+
+    def _probe(self, tables: Sequence[_Table]) -> Callable[[bytes], int]:
+        """A function from a block id to the bits of its holders."""
+        live, cut = self._live, self._cut
+
+        def of_one(block_id: bytes, table: _Table = tables[0]) -> int:
+            key = _KEY(block_id, 8)[0]
+            entry = table[key & _SHARD].get(key >> _SHARD_BITS, 0)
+            return entry & live if entry & _GENERATION > cut else 0
+
+        if len(tables) == 1:
+            return of_one
+
+        def of_all(block_id: bytes) -> int:
+            holders = 0
+            for table in tables:
+                holders |= of_one(block_id, table)
+            return holders
+
+        return of_all
+
+    def _lookup(self, block_ids: Sequence[bytes], tables: Sequence[_Table]) -> dict[str, int]:
         if not block_ids or not tables:
             return {}
-        probe = tables[0].get if len(tables) == 1 else _union(tables)
-        first = probe(block_ids[0], 0) & self._live
+        probe = self._probe(tables)
+        first = probe(block_ids[0])
         if not first:
             return {}
         held: dict[str, int] = {}
         last = len(block_ids) - 1
-        final = probe(block_ids[last], 0) & first
+        final = probe(block_ids[last]) & first
         self._note(held, final, last + 1)
         stretches = [(0, first, last, final)]
         while stretches:
@@ -83,60 +209,76 @@ class PrefixIndex:
                 self._note(held, leaving, low + 1)
                 continue
             middle = (low + high) // 2
-            middle_set = (probe(block_ids[middle], 0) & low_set) | high_set
+            middle_set = (probe(block_ids[middle]) & low_set) | high_set
             stretches.append((low, low_set, middle, middle_set))
             stretches.append((middle, middle_set, high, high_set))
         return held
 
-    def holders(self, block_id: bytes) -> dict[str, Tier]:
-        """Every worker that holds the block, with the fastest tier it has it in."""
-        found: dict[str, Tier] = {}
-        for tier in Tier:
-            for worker_id in self._names(self._tables[tier].get(block_id, 0) & self._live):
-                found.setdefault(worker_id, tier)
-        return found
+    def _note(self, held: dict[str, int], holders: int, blocks: int) -> None:
+        for worker_id in self._names(holders):
+            held[worker_id] = blocks
 
-    def __len__(self) -> int:
-        """Entries in the tables: blocks, once per tier, those of workers not yet swept out included."""
-        return sum(len(table) for table in self._tables.values())
+    def _names(self, holders: int) -> Iterator[str]:
+        while holders:
+            bit = holders & -holders
+            yield self._workers[bit]
+            holders ^= bit
+
+    # ---- writing ------------------------------------------------------------------------------
 
     def _take(self, worker_id: str, event: Event) -> None:
         bit = self._bit(worker_id)
-        if isinstance(event, Cleared):
-            if event.tier is None:
-                self._retire(worker_id)
-            else:
-                table = self._tables[event.tier]
-                self._remove(table, [block_id for block_id, holders in table.items() if holders & bit], bit)
+        if isinstance(event, Stored):
+            table = self._tables.get(event.tier)
+            if table is None:
+                table = self._tables[event.tier] = [{} for _ in range(_SHARDS)]
+            for start in range(0, len(event.block_ids), _PIECE):
+                piece = event.block_ids[start : start + _PIECE]
+                self._store(table, piece, bit)
+                if self._max_bytes:
+                    self._keep_bound(len(piece))
+                self._advance_sweep(_SWEEP_PER_BLOCK * len(piece))
         elif isinstance(event, Removed):
-            self._remove(self._tables[event.tier], event.block_ids, bit)
+            if event.tier in self._tables:
+                self._remove(self._tables[event.tier], event, bit)
+        elif event.tier is None:
+            self._retire(worker_id)
         else:
-            self._store(self._tables[event.tier], event, bit)
+            for shard in self._tables.get(event.tier, ()):
+                for key in [key for key, entry in shard.items() if entry & bit]:
+                    self._let_go(shard, key, bit)
 
-    def _store(self, table: dict[bytes, int], event: Stored, bit: int) -> None:
-        shared, get = self._shared, table.get
-        if len(shared) > _MAX_SHARED_SETS:
+    def _store(self, table: _Table, block_ids: Sequence[bytes], bit: int) -> None:
+        shared, cut = self._shared, self._cut
+        if len(shared) > self._max_shared:
             shared.clear()
-        for block_id in event.block_ids:
-            holders = get(block_id, 0) | bit
-            table[block_id] = shared.setdefault(holders, holders)
+        fresh = bit | (cut + 1)
+        fresh = shared.setdefault(fresh, fresh)
+        for key in _keys(block_ids):
+            shard = table[key & _SHARD]
+            key >>= _SHARD_BITS
+            entry = shard.setdefault(key, fresh)
+            if entry is not fresh:
+                entry = entry | bit if entry & _GENERATION > cut else fresh
+                shard[key] = shared.setdefault(entry, entry)
 
-    def _remove(self, table: dict[bytes, int], block_ids: Sequence[bytes], bit: int) -> None:
-        remaining = self._live & ~bit
-        shared = self._shared
-        for block_id in block_ids:
-            holders = table.get(block_id)
-            if holders is not None:
-                holders &= remaining
-                if holders:
-                    table[block_id] = shared.setdefault(holders, holders)
-                else:
-                    del table[block_id]
+    def _remove(self, table: _Table, event: Removed, bit: int) -> None:
+        for key in _keys(event.block_ids):
+            self._let_go(table[key & _SHARD], key >> _SHARD_BITS, bit)
+
+    def _let_go(self, shard: dict[int, int], key: int, bit: int) -> None:
+        entry = shard.get(key)
+        if entry is not None:
+            remaining = entry & (self._live & ~bit | _GENERATION)
+            if remaining > _GENERATION:
+                shard[key] = self._shared.setdefault(remaining, remaining)
+            else:
+                del shard[key]
 
     def _bit(self, worker_id: str) -> int:
         bit = self._bits.get(worker_id)
         if bit is None:
-            used = self._live | self._retired
+            used = self._live | self._retired | _GENERATION
             bit = ~used & (used + 1)  # the lowest one that is free
             self._bits[worker_id] = bit
             self._workers[bit] = worker_id
@@ -150,42 +292,111 @@ class PrefixIndex:
             self._live &= ~bit
             self._retired |= bit
 
-    def _advance_sweep(self, entries: int) -> None:
-        """Look at up to `entries` table entries for retired bits."""
-        if self._sweep is None and self._retired:
-            self._sweep = self._sweeping(self._retired)
-        if self._sweep is not None:
-            for _ in range(entries):
-                if next(self._sweep, None) is None:
-                    self._sweep = None
-                    return
+    # ---- the bound ----------------------------------------------------------------------------
 
-    def _sweeping(self, retired: int) -> Iterator[bool]:
-        """Clean `retired` out of every entry, one per step, then free the bits for other workers."""
+    def _keep_bound(self, stored: int) -> None:
+        """Weigh the tables every so many blocks; when they are too heavy, begin to give entries up."""
+        if 2 * self._used_blocks > _MAX_WAITING_BLOCKS:
+            self._lift_one()
+        self._until_weighed -= stored
+        if self._until_weighed > 0 or self._sweep is not None:
+            return
+        room = self._max_bytes // _HEADROOM
+        self._until_weighed = room // 1024
+        weight = self.memory_bytes
+        # What is used only matters once something may have to go.
+        self._touching = 2 * weight > self._max_bytes
+        if weight > self._max_bytes - room:
+            while self._used:
+                self._lift_one()
+            self._cut = self._next_cut()
+            self._newest = max(self._newest, self._cut + 2)
+            self._sweep = self._sweeping(self._retired, self._cut)
+
+    def _lift_one(self) -> None:
+        """Bring what is there of the chain that was looked up first into the newest generation.
+
+        That is done some time after the lookup, when the worker that was chosen has stored the rest.
+        """
+        block_ids = self._used.popleft()
+        self._used_blocks -= len(block_ids)
+        shared, cut, newest, tables = self._shared, self._cut, self._newest, self._tables.values()
+        for key in _keys(block_ids):
+            number, key = key & _SHARD, key >> _SHARD_BITS
+            found = False
+            for table in tables:
+                entry = table[number].get(key, 0)
+                if entry & _GENERATION > cut:
+                    entry = entry & ~_GENERATION | newest
+                    table[number][key] = shared.setdefault(entry, entry)
+                    found = True
+            if not found:
+                return
+            self._lifted += 1
+        if self._lifted > len(self) // _GENERATIONS:
+            self._newest += 1
+            self._lifted = 0
+
+    def _next_cut(self) -> int:
+        """The generation up to which entries must go for an eighth of them to be free."""
+        generations: Counter[int] = Counter()
         for table in self._tables.values():
-            for block_id in list(table):
-                holders = table.get(block_id, 0)
-                if holders & retired:
-                    self._remove(table, (block_id,), retired)
-                yield True
+            for shard in table[:: _SHARDS // _SAMPLED_SHARDS]:
+                generations.update(entry & _GENERATION for entry in shard.values())
+        enough = generations.total() // _HEADROOM
+        going = 0
+        for generation in sorted(generations):
+            going += generations[generation]
+            if going > enough:
+                return generation
+        return self._newest
+
+    # ---- sweeping -----------------------------------------------------------------------------
+
+    def _advance_sweep(self, entries: int) -> None:
+        """Clean shards, looking at about `entries` entries."""
+        if self._sweep is None:
+            if not self._retired:
+                return
+            self._sweep = self._sweeping(self._retired, self._cut)
+        self._sweep_budget += entries
+        while self._sweep_budget > 0:
+            seen = next(self._sweep, None)
+            if seen is None:
+                self._sweep = None
+                self._sweep_budget = 0
+                return
+            self._sweep_budget -= seen
+
+    def _sweeping(self, retired: int, cut: int) -> Iterator[int]:
+        """Clean `retired` and generations up to `cut` out of every shard, one per step.
+
+        Yields how many entries were looked at. In the end the retired bits are free for other workers.
+        """
+        for tier, table in list(self._tables.items()):
+            for number, shard in enumerate(table):
+                if shard:
+                    table[number] = self._cleaned(shard, retired, cut)
+                yield 1 + len(shard)
+            if not any(table):
+                del self._tables[tier]
         self._retired &= ~retired
 
-    def _note(self, held: dict[str, int], holders: int, blocks: int) -> None:
-        for worker_id in self._names(holders):
-            held[worker_id] = blocks
+    def _cleaned(self, shard: dict[int, int], retired: int, cut: int) -> dict[int, int]:
+        shared = self._shared
+        kept: dict[int, int] = {}
+        for key, entry in shard.items():
+            if entry & _GENERATION <= cut:
+                self.evicted += 1
+                continue
+            if entry & retired:
+                entry &= ~retired
+                if entry <= _GENERATION:
+                    continue
+            kept[key] = shared.setdefault(entry, entry)
+        return kept
 
-    def _names(self, holders: int) -> Iterator[str]:
-        while holders:
-            bit = holders & -holders
-            yield self._workers[bit]
-            holders ^= bit
 
-
-def _union(tables: Sequence[dict[bytes, int]]) -> Callable[[bytes, int], int]:
-    def probe(block_id: bytes, none: int) -> int:
-        holders = none
-        for table in tables:
-            holders |= table.get(block_id, 0)
-        return holders
-
-    return probe
+def _keys(block_ids: Sequence[bytes]) -> list[int]:
+    """The last 64 bits of each id."""
+    return memoryview(b"".join(block_ids)).cast("Q")[1::2].tolist()

@@ -175,7 +175,7 @@ TestReplicaFollowsWorkers.settings = settings(max_examples=60, stateful_step_cou
 
 
 def test_a_lookup_over_a_long_chain_probes_few_blocks() -> None:
-    ids = chain(*([1] * 255))
+    ids = [number.to_bytes(16, "big") for number in range(255)]
     index = PrefixIndex()
     for worker_id, count in [("a", 255), ("b", 100), ("c", 99), ("d", 1)]:
         index.apply(WorkerEvents(worker_id, "1", 1, True, (Stored(ids[:count]),)))
