@@ -47,17 +47,19 @@ def _measure(
         if spent_s > _BUDGET_S:
             break
         sequences = make(size)
-        if any(not sequence.blocks for sequence in sequences):
-            break  # the pool is smaller than this size
         rounds = []
-        for _ in range(ROUNDS + 1):
-            started = time.perf_counter()
-            runner.run([Scheduled(sequence, sequence.remaining) for sequence in sequences])
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            rounds.append(time.perf_counter() - started)
-        for sequence in sequences:
-            pool.release(sequence.blocks)
+        try:
+            if any(not sequence.blocks for sequence in sequences):
+                break  # the pool is smaller than this size
+            for _ in range(ROUNDS + 1):
+                started = time.perf_counter()
+                runner.run([Scheduled(sequence, sequence.remaining) for sequence in sequences])
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                rounds.append(time.perf_counter() - started)
+        finally:
+            for sequence in sequences:
+                pool.release(sequence.blocks)
         curve[size] = median(rounds[1:])  # the first one warms up
         spent_s += sum(rounds)
     return curve

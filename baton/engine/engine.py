@@ -10,19 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.engine.reservations import Pinned, Reservation, Reservations
 from baton.engine.sampler import Sampled
 from baton.engine.scheduler import Scheduled, Scheduler
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import State, Work
-from baton.errors import HandoffFailed
 from baton.kv.events import Event
-from baton.kv.pool import NoFreeBlocks
 from baton.sampling import FinishReason, PositionLogprobs
 
 log = logging.getLogger(__name__)
@@ -89,20 +87,6 @@ class Observer(Protocol):
     def died(self, error: BaseException) -> None: ...
 
 
-@dataclass(eq=False)
-class Reservation:
-    """Blocks of this worker that a handoff reads into.
-
-    `blocks` starts as the cached blocks of the prompt, pinned; `reserve` adds private ones.
-    """
-
-    blocks: list[int]
-    held: int
-    wanted: int = 0
-    granted: Future[None] | None = None
-    lost: bool = False
-
-
 @dataclass(frozen=True)
 class Stop:
     """What ends a generation besides its own parameters."""
@@ -124,8 +108,10 @@ class Engine:
     _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
     _stopping: bool = field(default=False, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
-    _reservations: list[Reservation] = field(default_factory=list, init=False)
-    _asking: deque[Reservation] = field(default_factory=deque, init=False)
+    _reservations: Reservations = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reservations = Reservations(self.scheduler)
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -162,7 +148,7 @@ class Engine:
                 choice.cancelled = True
             elif choice.state is not State.FINISHED:
                 self.scheduler.release(choice)
-                self._grant()
+                self._reservations.grant()
                 self._changed.notify()
 
     # ---- blocks for handoffs ------------------------------------------------------------------
@@ -170,10 +156,7 @@ class Engine:
     def pin_prefix(self, chain: Sequence[bytes]) -> Reservation:
         """Pin the leading blocks of `chain` that are cached here."""
         with self._changed:
-            held = self.scheduler.pool.match(chain)
-            reservation = Reservation(self.scheduler.pool.acquire(chain[:held]), held)
-            self._reservations.append(reservation)
-            return reservation
+            return self._reservations.pin_prefix(chain)
 
     def reserve(self, reservation: Reservation, total: int) -> Future[None]:
         """Extend a reservation to `total` blocks, in the order asked, as soon as they can be had.
@@ -182,19 +165,12 @@ class Engine:
         reservations pin them.
         """
         with self._changed:
-            reservation.wanted = total - reservation.held
-            reservation.granted = Future()
-            if reservation.lost:
-                reservation.granted.set_exception(_starved())
-            else:
-                self._asking.append(reservation)
-                self._grant()
-            return reservation.granted
+            return self._reservations.reserve(reservation, total)
 
     def adopt(self, reservation: Reservation, choice: Choice) -> None:
         """Decode a sequence whose context, but for its last token, was read into the reservation."""
         with self._changed:
-            self._reservations.remove(reservation)
+            self._reservations.hand_over(reservation)
             self.scheduler.adopt(choice, reservation.blocks, reservation.held)
             self._publish_index()
             self._changed.notify()
@@ -202,10 +178,29 @@ class Engine:
     def drop(self, reservation: Reservation) -> None:
         """Give the reservation's blocks back. Nothing may write to them any more."""
         with self._changed:
-            if reservation not in self._reservations:
-                return
-            self._withdraw(reservation)
-            self._grant()
+            self._reservations.drop(reservation)
+            self._changed.notify()
+
+    def pin(self, chain: Sequence[bytes]) -> Pinned:
+        """Pin the leading blocks of `chain` that are cached here, for a peer to read or to read more."""
+        with self._changed:
+            return self._reservations.pin(chain)
+
+    def extend(self, pinned: Pinned, count: int) -> bool:
+        """Add `count` private blocks to read into; False, and none added, when that would mean waiting."""
+        with self._changed:
+            return self._reservations.extend(pinned, count)
+
+    def share(self, pinned: Pinned, chain: Sequence[bytes]) -> None:
+        """Let every request use the pinned blocks, which now hold the KV of `chain`'s blocks."""
+        with self._changed:
+            self._reservations.share(pinned, chain)
+            self._publish_index()
+
+    def unpin(self, pinned: Pinned) -> None:
+        """Let the blocks go. Nobody may read them or write to them any more."""
+        with self._changed:
+            self._reservations.unpin(pinned)
             self._changed.notify()
 
     # ---- what others may know -----------------------------------------------------------------
@@ -215,7 +210,7 @@ class Engine:
             scheduler, pool = self.scheduler, self.scheduler.pool
             return Load(
                 running=len(scheduler.running),
-                waiting=len(scheduler.waiting) + len(self._asking),
+                waiting=len(scheduler.waiting) + self._reservations.waiting,
                 queued_tokens=scheduler.queued_tokens,
                 total_blocks=pool.total_blocks,
                 free_blocks=pool.available,
@@ -242,7 +237,7 @@ class Engine:
         """The next step, when there is one; None when stopping."""
         with self._changed:
             while not self._stopping:
-                self.scheduler.admits = not self._asking
+                self.scheduler.admits = not self._reservations.waiting
                 if batch := self.scheduler.schedule():
                     now = time.monotonic()
                     for item in batch:
@@ -284,7 +279,7 @@ class Engine:
                 elif ready := _newly_ready(choice):
                     outputs.append(Output(choice, ready=ready))
             self._publish_index()
-            self._grant()
+            self._reservations.grant()
         return outputs
 
     def _token(self, choice: Choice, sampled: Sampled) -> Output:
@@ -331,58 +326,12 @@ class Engine:
                     self.scheduler.hold(choice)  # a reader may still be reading what was announced
                 else:
                     self.scheduler.release(choice)
-            self._grant()
+            self._reservations.grant()
         return [Output(item.sequence, error=error) for item in batch if not item.sequence.cancelled]
 
     def _publish_index(self) -> None:
         if events := self.scheduler.pool.take_events():
             self.observer.index_changed(events)
-
-    # ---- reservations -------------------------------------------------------------------------
-
-    def _grant(self) -> None:
-        """Serve waiting reservations in order, as far as blocks and the batch limit allow."""
-        while self._asking:
-            reservation = self._asking[0]
-            if not self._room_to_decode() or not self._extend(reservation):
-                if self._is_stuck():
-                    self._lose_one()
-                    continue
-                return
-            self._asking.popleft()
-            if reservation.granted is not None:
-                reservation.granted.set_result(None)
-
-    def _extend(self, reservation: Reservation) -> bool:
-        try:
-            reservation.blocks += self.scheduler.pool.allocate(reservation.wanted)
-        except NoFreeBlocks:
-            return False
-        return True
-
-    def _room_to_decode(self) -> bool:
-        reading = sum(r.granted is not None and r.granted.done() for r in self._reservations)
-        return len(self.scheduler.running) + reading < self.scheduler.limits.max_batch_requests
-
-    def _is_stuck(self) -> bool:
-        """Whether nobody but waiting reservations has blocks that could become free."""
-        granted = any(r.granted is not None and r.granted.done() for r in self._reservations)
-        return not self.scheduler.running and not self.scheduler.holding and not granted
-
-    def _lose_one(self) -> None:
-        """Take the pinned blocks of the youngest reservation; its handoff fails and is placed anew."""
-        youngest = next((r for r in reversed(self._reservations) if r.blocks), self._asking[-1])
-        self._withdraw(youngest)
-        youngest.lost = True
-        if youngest.granted is not None:
-            youngest.granted.set_exception(_starved())
-
-    def _withdraw(self, reservation: Reservation) -> None:
-        self._reservations.remove(reservation)
-        if reservation in self._asking:
-            self._asking.remove(reservation)
-        self.scheduler.pool.release(reservation.blocks)
-        reservation.blocks = []
 
 
 def _choices(batch: list[Scheduled]) -> list[Choice]:
@@ -402,7 +351,3 @@ def _newly_ready(choice: Choice, *, final: bool = False) -> BlockRange | None:
     ready = BlockRange(choice.announced, tuple(choice.blocks[choice.announced : complete]))
     choice.announced = complete
     return ready
-
-
-def _starved() -> HandoffFailed:
-    return HandoffFailed("no KV blocks for the handoff: waiting requests pin them all; raise --kv-blocks")

@@ -172,6 +172,8 @@ class Scheduler:
         sequence.computed = reusable * sequence.block_size
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
+            used = range(sequence.pulled.start, min(sequence.pulled.stop, reusable))
+            sequence.pulled_tokens = len(used) * sequence.block_size
         sequence.state = State.RUNNING
         self.running.append(sequence)
         return True

@@ -31,7 +31,8 @@ class Sequence:
     `tokens` is the context so far: prompt, then what was generated (here or before a migration);
     the first `prompt_len` of them are the prompt. The KV of the first `computed` tokens is in
     `blocks`; the first `shared` blocks are in the prefix tree. `cached_tokens` is how much of the
-    prompt the cache held when the sequence first ran. The first `announced` blocks are known to the
+    prompt the cache held when the sequence first ran, `pulled_tokens` the part of it in the blocks that
+    were read from another worker for this sequence (`pulled`). The first `announced` blocks are known to the
     reader of prefill work. `owner` is whom outputs are for; the engine only passes it on.
     """
 
@@ -42,12 +43,15 @@ class Sequence:
     sampling: Sampling
     root: bytes
     block_size: int
+    cache_salt: str = ""
     work: Work = Work.GENERATE
     state: State = State.WAITING
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     shared: int = 0
     cached_tokens: int | None = None
+    pulled: range = range(0)
+    pulled_tokens: int = 0
     in_flight: bool = False
     cancelled: bool = False
     arrived_s: float = 0.0

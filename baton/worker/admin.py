@@ -12,6 +12,7 @@ from baton.routing.view import Role
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.wire import layout_to_proto
 from baton.worker.convert import load_to
+from baton.worker.peers import Peers
 from baton.worker.state import WorkerState
 
 ROLES = {
@@ -25,8 +26,9 @@ ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
 class AdminService(worker_pb2_grpc.WorkerAdminServicer):
     """`announce` is called after a change that the registry must know of."""
 
-    def __init__(self, state: WorkerState, announce: Callable[[], None]) -> None:
+    def __init__(self, state: WorkerState, peers: Peers, announce: Callable[[], None]) -> None:
         self._state = state
+        self._peers = peers
         self._announce = announce
 
     async def Status(
@@ -45,7 +47,7 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
             handoffs_reading=state.handoffs_reading,
             pinned_blocks=load.pinned_blocks,
             tasks=len(asyncio.all_tasks()),
-            kv_transfer_bytes=state.kv_transfer_bytes,
+            kv_transfer_bytes=self._peers.read_bytes,
             attention_backend=state.attention_backend,
             transfer_backend=state.transfer.describe().transport,
             metrics_address=state.metrics_address,

@@ -151,6 +151,7 @@ def report_to(output: Output, kind: worker_pb2.PrefillReport.Kind.ValueType) -> 
         cached_tokens=output.choice.cached_tokens or 0,
         queue_s=output.queue_s,
         prefill_s=output.prefill_s,
+        pulled_tokens=output.choice.pulled_tokens,
     )
 
 

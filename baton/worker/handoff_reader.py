@@ -13,20 +13,13 @@ from dataclasses import dataclass
 
 import grpc
 
-from baton.engine.engine import Reservation
+from baton.engine.reservations import Reservation
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
 from baton.errors import HandoffFailed
 from baton.rpc.v1 import inference_pb2, worker_pb2
-from baton.transfer.base import Transfer
 from baton.worker.convert import forwarded_to
-from baton.worker.metrics import (
-    HANDOFFS,
-    KV_TRANSFER_BLOCKS,
-    KV_TRANSFER_BYTES,
-    KV_TRANSFER_SECONDS,
-    PREFILLS,
-)
+from baton.worker.metrics import HANDOFFS, PREFILLS
 from baton.worker.peers import Peer, Peers
 from baton.worker.state import WorkerState
 
@@ -61,7 +54,7 @@ class HandoffReader:
         outcome = "cancelled"
         try:
             peer = await self._peers.get(start.prefill_address, start.prefill_incarnation)
-            exchange = _Exchange(state, peer, start, choice, reservation, send, self._timeout_s)
+            exchange = _Exchange(state, self._peers, peer, start, choice, reservation, send, self._timeout_s)
             finished = await exchange.run()
             if not finished:
                 self._complete[choice] = reservation
@@ -87,6 +80,7 @@ class _Exchange:
     """One Handoff stream, as seen by the reader."""
 
     state: WorkerState
+    peers: Peers
     peer: Peer
     start: worker_pb2.Start
     choice: Choice
@@ -166,14 +160,7 @@ class _Exchange:
     async def _read(self, message: worker_pb2.BlocksReady) -> None:
         first = message.first_index
         destination = self.reservation.blocks[first : first + len(message.block_ids)]
-        transfer: Transfer = self.state.transfer
-        report = await transfer.read(
-            self.peer.agent_name, list(message.block_ids), destination, timeout_s=self.timeout_s
-        )
-        self.state.kv_transfer_bytes += report.bytes
-        KV_TRANSFER_BYTES.inc(report.bytes)
-        KV_TRANSFER_BLOCKS.inc(len(destination))
-        KV_TRANSFER_SECONDS.observe(report.seconds)
+        await self.peers.read(self.peer, list(message.block_ids), destination, self.timeout_s)
 
     async def _next(
         self, call: grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]
@@ -196,6 +183,7 @@ class _Exchange:
             sampling=self.start.sampling,
             cache_salt=self.start.cache_salt,
             held_blocks=self.reservation.held,
+            pull=self.start.pull if self.start.HasField("pull") else None,
         )
 
 

@@ -12,9 +12,11 @@ import grpc
 from baton.engine.engine import Output
 from baton.engine.sequence import Work
 from baton.errors import BatonError, HandoffFailed, Unavailable
+from baton.kv.hashing import extend_chain
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.wire import description_to_proto
 from baton.worker.convert import first_token_to
+from baton.worker.pull import Puller
 from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
@@ -23,10 +25,11 @@ HandoffContext = grpc.aio.ServicerContext[worker_pb2.HandoffRequest, worker_pb2.
 
 
 class KvService(worker_pb2_grpc.KvServicer):
-    """Prefills prompts for other workers and keeps the blocks until each has read them."""
+    """Prefills prompts for other workers, or names cached blocks, and keeps them until each has read them."""
 
-    def __init__(self, state: WorkerState) -> None:
+    def __init__(self, state: WorkerState, puller: Puller) -> None:
         self._state = state
+        self._puller = puller
 
     async def Connect(
         self, request: worker_pb2.ConnectRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -44,7 +47,11 @@ class KvService(worker_pb2_grpc.KvServicer):
             message = await anext(aiter(request_iterator), None)
             if message is None or not message.HasField("begin"):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be begin")
-            await self._serve(message.begin, request_iterator, context)
+            self._check(message.begin)
+            if message.begin.purpose == worker_pb2.PULL:
+                await self._lend(message.begin, request_iterator, context)
+            else:
+                await self._prefill(message.begin, request_iterator, context)
         except HandoffFailed as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         except BatonError as error:
@@ -52,28 +59,52 @@ class KvService(worker_pb2_grpc.KvServicer):
         finally:
             self._state.handoffs_serving -= 1
 
-    async def _serve(
+    async def _prefill(
         self,
         begin: worker_pb2.Begin,
         requests: AsyncIterator[worker_pb2.HandoffRequest],
         context: HandoffContext,
     ) -> None:
         """Prefill, announce, wait for Done. However this ends, the blocks are freed after it."""
-        self._check(begin)
         lease = _Lease()
         choice = self._state.choice(begin, lease, Work.PREFILL)
         choice.announced = begin.held_blocks
+        if begin.HasField("pull"):
+            await self._puller.pull(choice, begin.pull)
         self._state.engine.submit(choice)
         try:
             while not await _announce(output := await lease.next(), context):
                 pass
             if output.finish_reason is not None:
                 return
-            message = await anext(aiter(requests), None)
-            if message is not None and message.HasField("done"):
-                await context.write(worker_pb2.HandoffResponse(released=worker_pb2.Released()))
+            await _release(requests, context)
         finally:
             self._state.engine.cancel(choice)
+
+    async def _lend(
+        self,
+        begin: worker_pb2.Begin,
+        requests: AsyncIterator[worker_pb2.HandoffRequest],
+        context: HandoffContext,
+    ) -> None:
+        """Name cached blocks beyond those the reader has, wait for Done. Computes nothing."""
+        state = self._state
+        chain = extend_chain(
+            state.layout.root(begin.cache_salt), begin.prompt_token_ids, state.layout.block_size
+        )
+        pinned = state.engine.pin(chain[: begin.pull_blocks])
+        try:
+            if pinned.held <= begin.held_blocks:
+                await context.abort(
+                    grpc.StatusCode.NOT_FOUND, "no more blocks of this prefix are cached here"
+                )
+            ready = worker_pb2.BlocksReady(
+                first_index=begin.held_blocks, block_ids=pinned.blocks[begin.held_blocks :], last=True
+            )
+            await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
+            await _release(requests, context)
+        finally:
+            state.engine.unpin(pinned)
 
     def _check(self, begin: worker_pb2.Begin) -> None:
         state = self._state
@@ -81,7 +112,7 @@ class KvService(worker_pb2_grpc.KvServicer):
             _refuse(f"this is incarnation {state.incarnation}, not {begin.incarnation}")
         if state.draining:
             raise Unavailable("the worker is draining")
-        if not state.role.prefills_for_others:
+        if begin.purpose == worker_pb2.PREFILL and not state.role.prefills_for_others:
             _refuse(f"worker {state.worker_id} has role {state.role.value} and prefills for nobody else")
 
 
@@ -117,6 +148,13 @@ async def _announce(output: Output, context: HandoffContext) -> bool:
             ready.block_ids.extend(output.ready.blocks)
         await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
     return last
+
+
+async def _release(requests: AsyncIterator[worker_pb2.HandoffRequest], context: HandoffContext) -> None:
+    """Answer Done with Released; nothing is said to a reader that went away instead."""
+    message = await anext(aiter(requests), None)
+    if message is not None and message.HasField("done"):
+        await context.write(worker_pb2.HandoffResponse(released=worker_pb2.Released()))
 
 
 def _refuse(message: str) -> NoReturn:

@@ -42,6 +42,7 @@ from baton.worker.handoff_reader import HandoffReader
 from baton.worker.handoff_server import KvService
 from baton.worker.metrics import EngineCollector
 from baton.worker.peers import Peers
+from baton.worker.pull import Puller
 from baton.worker.session import DecodeService
 from baton.worker.sizing import pool_blocks
 from baton.worker.state import Dispatch, ServedModel, WorkerState
@@ -198,11 +199,11 @@ class Worker:
         dispatch.connect(membership.publish, died)
         REGISTRY.register(EngineCollector(engine))
         reader = HandoffReader(state, peers, chosen.handoff_timeout_s)
-        server.add(
-            worker_pb2_grpc.add_DecodeServicer_to_server, DecodeService(state, reader), "baton.v1.Decode"
-        )
-        server.add(worker_pb2_grpc.add_KvServicer_to_server, KvService(state), "baton.v1.Kv")
-        admin = AdminService(state, worker.announce)
+        puller = Puller(state, peers, chosen.pull_timeout_s)
+        decode = DecodeService(state, reader, puller)
+        server.add(worker_pb2_grpc.add_DecodeServicer_to_server, decode, "baton.v1.Decode")
+        server.add(worker_pb2_grpc.add_KvServicer_to_server, KvService(state, puller), "baton.v1.Kv")
+        admin = AdminService(state, peers, worker.announce)
         server.add(worker_pb2_grpc.add_WorkerAdminServicer_to_server, admin, "baton.v1.WorkerAdmin")
         engine.start()
         await server.start()
@@ -262,7 +263,7 @@ class Worker:
 
 
 class _WarmUp(PeerListener):
-    """Connects to every worker that prefills for others before the first request needs it."""
+    """Connects to every other worker before the first request needs it: any may hold a wanted prefix."""
 
     def __init__(self, peers: Peers, own_id: str, tasks: asyncio.TaskGroup) -> None:
         self._peers = peers
@@ -270,7 +271,7 @@ class _WarmUp(PeerListener):
         self._tasks = tasks
 
     def worker_added(self, peer: KnownWorker) -> None:
-        if peer.view.worker_id != self._own_id and peer.view.role.prefills_for_others:
+        if peer.view.worker_id != self._own_id:
             self._tasks.create_task(self._connect(peer))
 
     def worker_gone(self, peer: KnownWorker) -> None:

@@ -18,6 +18,9 @@ KV_TRANSFER_SECONDS = Histogram(
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
 HANDOFFS = Counter("baton_handoffs", "Handoffs read by this worker, by how they ended", ["outcome"])
+PULLS = Counter(
+    "baton_pulls", "Prefixes that this worker tried to read from another one, by outcome", ["outcome"]
+)
 PREFILLS = Counter("baton_prefills", "First tokens produced for requests decoded here, by where", ["kind"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -11,8 +12,9 @@ import grpc
 from baton.errors import HandoffFailed
 from baton.rpc.channels import open_channel
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
-from baton.transfer.base import Transfer
+from baton.transfer.base import ReadReport, Transfer
 from baton.transfer.wire import description_from_proto
+from baton.worker.metrics import KV_TRANSFER_BLOCKS, KV_TRANSFER_BYTES, KV_TRANSFER_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Peers:
 
     reader_id: str
     transfer: Transfer
+    read_bytes: int = 0
     _known: dict[str, Peer] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
@@ -57,6 +60,17 @@ class Peers:
             peer = await self._connect(address, incarnation)
             self._known[address] = peer
             return peer
+
+    async def read(
+        self, peer: Peer, source_blocks: Sequence[int], destination_blocks: Sequence[int], timeout_s: float
+    ) -> ReadReport:
+        """Read blocks of the peer into blocks of this worker's pool; ends as `Transfer.read` does."""
+        report = await self.transfer.read(peer.agent_name, source_blocks, destination_blocks, timeout_s)
+        self.read_bytes += report.bytes
+        KV_TRANSFER_BYTES.inc(report.bytes)
+        KV_TRANSFER_BLOCKS.inc(len(destination_blocks))
+        KV_TRANSFER_SECONDS.observe(report.seconds)
+        return report
 
     async def forget(self, address: str, incarnation: str) -> None:
         """Drop what is known of a worker that is gone."""

@@ -17,6 +17,7 @@ from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.worker.convert import error_to, load_to, output_to
 from baton.worker.handoff_reader import HandoffReader
 from baton.worker.metrics import PREFILLS
+from baton.worker.pull import Puller
 from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
@@ -34,16 +35,17 @@ _ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind.ValueType], 
 class DecodeService(worker_pb2_grpc.DecodeServicer):
     """Serves sessions; each ends with its stream and takes its requests with it."""
 
-    def __init__(self, state: WorkerState, reader: HandoffReader) -> None:
+    def __init__(self, state: WorkerState, reader: HandoffReader, puller: Puller) -> None:
         self._state = state
         self._reader = reader
+        self._puller = puller
 
     async def Session(
         self,
         request_iterator: AsyncIterator[worker_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        session = Session(self._state, self._reader)
+        session = Session(self._state, self._reader, self._puller)
         self._state.sessions += 1
         try:
             await session.serve(request_iterator, context)
@@ -55,9 +57,10 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
 class Session:
     """The requests of one router on this worker. Owns their choices and handoff tasks."""
 
-    def __init__(self, state: WorkerState, reader: HandoffReader) -> None:
+    def __init__(self, state: WorkerState, reader: HandoffReader, puller: Puller) -> None:
         self._state = state
         self._reader = reader
+        self._puller = puller
         self._keys: dict[Choice, int] = {}
         self._choices: dict[int, Choice] = {}
         self._handoffs: dict[int, asyncio.Task[None]] = {}
@@ -115,19 +118,22 @@ class Session:
                     f"worker {self._state.worker_id} has role prefill and takes no decode work"
                 )
             choice = self._state.choice(start, self, Work.GENERATE)
-            if start.prefill_address:
+            if start.prefill_address or start.HasField("pull"):
                 self._state.engine.scheduler.require_fit(choice)
-                task = tasks.create_task(self._read_prefill(start, choice))
+                task = tasks.create_task(self._fetch(start, choice))
                 self._handoffs[start.key] = task
             else:
-                self._state.engine.submit(choice)
-                self._remember(start.key, choice)
+                self._submit(start.key, choice)
         except BatonError as error:
             self._refuse(start.key, error)
 
-    async def _read_prefill(self, start: worker_pb2.Start, choice: Choice) -> None:
-        """Bring the prompt's KV here, then decode."""
+    async def _fetch(self, start: worker_pb2.Start, choice: Choice) -> None:
+        """Bring the prompt's KV here and decode, or bring what a peer holds of it and compute the rest."""
         try:
+            if not start.prefill_address:
+                await self._puller.pull(choice, start.pull)
+                self._submit(start.key, choice)
+                return
             finished = await self._reader.read(start, choice, self._send)
             if not finished:
                 self._remember(start.key, choice)
@@ -139,6 +145,10 @@ class Session:
             self._send(error_to(start.key, worker_pb2.RequestError.INTERNAL, repr(error)))
         finally:
             self._handoffs.pop(start.key, None)
+
+    def _submit(self, key: int, choice: Choice) -> None:
+        self._state.engine.submit(choice)
+        self._remember(key, choice)
 
     def _remember(self, key: int, choice: Choice) -> None:
         self._keys[choice] = key

@@ -53,7 +53,6 @@ class WorkerState:
     sessions: int = 0
     handoffs_serving: int = 0
     handoffs_reading: int = 0
-    kv_transfer_bytes: int = 0
     _keys: itertools.count[int] = field(default_factory=itertools.count)
 
     def choice(
@@ -81,6 +80,7 @@ class WorkerState:
             sampling=sampling_from(request.sampling, self.model.vocab_size),
             root=self.layout.root(request.cache_salt),
             block_size=self.layout.block_size,
+            cache_salt=request.cache_salt,
             work=work,
             owner=owner,
         )
