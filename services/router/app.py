@@ -9,6 +9,7 @@ from baton import __version__
 from baton.errors import BatonError, Unavailable
 from baton.openai.answer import DONE, error_shape, event
 from services.router.admission import reason_of
+from services.router.explain import RouteExplainer
 from services.router.frontend import Frontend
 from services.router.http import ClientGone, Exchange, MethodNotAllowed, NotFound, Receive, Scope, Send
 from services.router.openai_api import OpenAiApi
@@ -22,16 +23,18 @@ _ONE_MODEL = "/v1/models/"
 class App:
     """Serves every path of the router over HTTP."""
 
-    def __init__(self, frontend: Frontend, max_body_bytes: int) -> None:
+    def __init__(self, frontend: Frontend, *, policy: str, max_body_bytes: int) -> None:
         self._frontend = frontend
         self._max_body_bytes = max_body_bytes
         self._api = OpenAiApi(frontend)
+        explainer = RouteExplainer(frontend, self._api, policy)
         self._routes: Mapping[str, Mapping[str, Handler]] = {
             "/v1/completions": {"POST": self._api.completions},
             "/v1/chat/completions": {"POST": self._api.chat},
             "/v1/models": {"GET": self._api.models},
             "/tokenize": {"POST": self._api.tokenize},
             "/detokenize": {"POST": self._api.detokenize},
+            "/debug/route": {"GET": explainer.get, "POST": explainer.post},
             "/health": {"GET": _alive},
             "/live": {"GET": _alive},
             "/ready": {"GET": self._ready},

@@ -62,6 +62,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: str = scope["query_string"].decode("latin-1")
         # Of a header given twice the first counts.
         self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self._receive = receive

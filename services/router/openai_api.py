@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton import __version__
@@ -41,6 +42,23 @@ class _Shapes(Protocol):
     def whole(self, choices: Sequence[Sequence[Piece]], usage: Usage) -> dict[str, object]: ...
 
 
+@dataclass(frozen=True)
+class AskedCompletion:
+    """A completion request that has been read: its prompts, and n choices for each in turn."""
+
+    request: CompletionRequest
+    prompts: list[EchoedPrompt]
+    generations: list[Generation]
+
+
+@dataclass(frozen=True)
+class AskedChat:
+    """A chat request that has been read, and its n choices."""
+
+    request: ChatRequest
+    generations: list[Generation]
+
+
 class OpenAiApi:
     """The endpoints that need a model. Errors are raised; the app writes them."""
 
@@ -53,13 +71,33 @@ class OpenAiApi:
         self._detokenizes = BodyParser(DetokenizeRequest)
 
     async def completions(self, exchange: Exchange) -> None:
-        request = self._completions.parse(await exchange.json_body())
+        asked = await self.read_completion(await exchange.json_body(), exchange)
+        request = asked.request
+        shapes = CompletionShapes(request, asked.prompts, self._head("cmpl", exchange), self._names(request))
+        answer = _Answer(self._frontend, exchange, shapes, asked.generations, per_prompt=request.n or 1)
+        await answer.write(request, without_output=_only_echoes(request))
+
+    async def chat(self, exchange: Exchange) -> None:
+        asked = await self.read_chat(await exchange.json_body(), exchange)
+        request, generations = asked.request, asked.generations
+        head, names = self._head("chatcmpl", exchange), self._names(request)
+        shapes = ChatShapes(request, generations[0].prompt_token_ids, head, names)
+        answer = _Answer(self._frontend, exchange, shapes, generations, per_prompt=len(generations))
+        await answer.write(request, without_output=False)
+
+    async def read_completion(self, body: bytes, exchange: Exchange) -> AskedCompletion:
+        """The choices that a body of /v1/completions asks for.
+
+        Raises:
+            InvalidRequest: naming the field at fault.
+        """
+        request = self._completions.parse(body)
         self._check(request)
         caller = self._caller(request, exchange)
         limits = self._frontend.limits()
         prompts = await self._prompts(request, limits)
-        only_echo = request.echo is True and request.max_tokens == 0
-        budget = OutputBudget("max_tokens", 1 if only_echo else request.max_tokens, _COMPLETION_TOKENS)
+        wanted = 1 if _only_echoes(request) else request.max_tokens
+        budget = OutputBudget("max_tokens", wanted, _COMPLETION_TOKENS)
         if request.echo and request.logprobs is not None:
             request.prompt_logprobs = max(request.logprobs, request.prompt_logprobs or 0)
         generations: list[Generation] = []
@@ -74,12 +112,15 @@ class OpenAiApi:
                 request_id=exchange.request_id,
                 cache_salt=request.cache_salt or "",
             )
-        shapes = CompletionShapes(request, prompts, self._head("cmpl", exchange), self._names(request))
-        answer = _Answer(self._frontend, exchange, shapes, generations, per_prompt=request.n or 1)
-        await answer.write(request, without_output=only_echo)
+        return AskedCompletion(request, prompts, generations)
 
-    async def chat(self, exchange: Exchange) -> None:
-        request = self._chats.parse(await exchange.json_body())
+    async def read_chat(self, body: bytes, exchange: Exchange) -> AskedChat:
+        """The choices that a body of /v1/chat/completions asks for.
+
+        Raises:
+            InvalidRequest: naming the field at fault.
+        """
+        request = self._chats.parse(body)
         self._check(request)
         if request.top_logprobs is not None and not request.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs to be true", field="top_logprobs")
@@ -107,9 +148,7 @@ class OpenAiApi:
             request_id=exchange.request_id,
             cache_salt=request.cache_salt or "",
         )
-        shapes = ChatShapes(request, prompt, self._head("chatcmpl", exchange), self._names(request))
-        answer = _Answer(self._frontend, exchange, shapes, generations, per_prompt=len(generations))
-        await answer.write(request, without_output=False)
+        return AskedChat(request, generations)
 
     async def tokenize(self, exchange: Exchange) -> None:
         request = self._tokenizes.parse(await exchange.json_body())
@@ -297,6 +336,11 @@ class _Answer:
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
+
+
+def _only_echoes(request: CompletionRequest) -> bool:
+    """Whether the prompt and its log-probabilities are all that is wanted."""
+    return request.echo is True and request.max_tokens == 0
 
 
 def _placed_headers(placed: Placed) -> Headers:

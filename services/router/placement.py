@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.kv.hashing import extend_chain
-from baton.routing import ClusterView, Placement, Policy, Request, Role, WorkerView
+from baton.routing import Candidate, ClusterView, Placement, Policy, Request, Role, WorkerView
 from baton.routing.admission import Pace
 from baton.routing.correction import Correction
 from baton.routing.cost import compute_s
@@ -60,12 +60,20 @@ class Placer:
         """
         known = self._reachable()
         request = self._request(generation, output, avoid, known)
-        placement = self._policy.place(
-            request, ClusterView([self._promises.view(worker.view) for worker in known])
-        )
+        placement = self._policy.place(request, self._view(known))
         if request.session:
             self._remember(request.session, placement.decode.worker_id)
         return self._promise(placement, request)
+
+    def explain(self, generation: Generation) -> tuple[Request, list[Candidate]]:
+        """The request as the policy sees it, and what it would choose, then every other placement.
+
+        Raises:
+            Unplaceable: no worker can take it now; says why.
+        """
+        known = self._reachable()
+        request = self._request(generation, (), frozenset(), known)
+        return request, self._policy.explain(request, self._view(known))
 
     def check_ready(self) -> None:
         """
@@ -136,6 +144,9 @@ class Placer:
             for worker_id, worker in self._cluster.workers.items()
             if not worker.view.role.decodes or self._sessions.connected(worker_id) is not None
         ]
+
+    def _view(self, known: Sequence[KnownWorker]) -> ClusterView:
+        return ClusterView([self._promises.view(worker.view) for worker in known])
 
     def _takers(self) -> tuple[list[WorkerView], list[WorkerView]]:
         """The workers that take requests to decode and those that take prompts: without dedicated ones,

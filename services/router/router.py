@@ -95,7 +95,8 @@ class Router:
             BadSetting: a port is taken.
         """
         grace_s, host, share = self._settings.stop_grace_s, self._settings.host, self._settings.share_ports
-        http = HttpServer(App(self.frontend, self._settings.max_body_bytes), grace_s=grace_s)
+        app = App(self.frontend, policy=self._settings.policy, max_body_bytes=self._settings.max_body_bytes)
+        http = HttpServer(app, grace_s=grace_s)
         with (
             listen(host, self._settings.port, flag="--port", share=share) as listener,
             listen(host, self._metrics_port, flag="--metrics-port") as own_listener,
