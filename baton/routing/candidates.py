@@ -9,10 +9,12 @@ from heapq import nsmallest
 from baton.routing.choice import requests_on
 from baton.routing.cost import (
     PrefillCost,
+    block_s,
     decode_cost_s,
     interference_s,
     prefill_cost,
     pull_sources,
+    pushed_out,
     transfer_s,
 )
 from baton.routing.placement import Candidate, Placement, Terms
@@ -33,6 +35,7 @@ _CAUTION_S = 0.005
 class _DecodeSide:
     worker: WorkerView
     decode_s: float
+    pushed_out: int
     affinity_s: float
 
 
@@ -60,7 +63,9 @@ def candidates(
 
 def _decode_side(worker: WorkerView, request: Request) -> _DecodeSide:
     stays = worker.worker_id == request.session_worker
-    return _DecodeSide(worker, decode_cost_s(worker, request), -_AFFINITY_S if stays else 0.0)
+    return _DecodeSide(
+        worker, decode_cost_s(worker, request), pushed_out(worker, request), -_AFFINITY_S if stays else 0.0
+    )
 
 
 def _remote(
@@ -119,6 +124,8 @@ def _candidate(
     disturbs_s: float,
     reason: str,
 ) -> Candidate:
+    prefilling = None if prefill.worker is side.worker else prefill.worker
+    blocks_out = side.pushed_out + (0 if prefilling is None else pushed_out(prefilling, request))
     terms = Terms(
         queue_s=prefill.queue_s,
         tier_s=prefill.tier_s,
@@ -127,9 +134,9 @@ def _candidate(
         transfer_s=transfer_s,
         interference_s=disturbs_s,
         decode_s=side.decode_s,
+        storage_s=blocks_out * block_s(prefill.worker, request) if blocks_out else 0.0,
         affinity_s=side.affinity_s,
     )
-    prefilling = None if prefill.worker is side.worker else prefill.worker
     placement = Placement(
         decode=side.worker,
         prefill=prefilling,

@@ -117,6 +117,24 @@ def prefill_cost(worker: WorkerView, request: Request, sources: Sequence[WorkerV
     return best
 
 
+def pushed_out(worker: WorkerView, request: Request) -> int:
+    """Cached blocks that must go from the worker's pool when the prompt's come."""
+    new = request.prompt_blocks - request.held_by_tier(worker.worker_id).device
+    empty = max(0, worker.free_blocks - worker.cached_blocks)
+    return max(0, new - empty)
+
+
+def block_s(worker: WorkerView, request: Request) -> float:
+    """Seconds to have a block like the prompt's again: computed, or read from the host tier.
+
+    That is what a block pushed out is worth: it is taken to be wanted once more. Where nothing is ever
+    wanted twice, this is the same for every placement and decides nothing; where prefixes are, it keeps
+    copies of one prefix from filling every pool.
+    """
+    computed_s = worker.prefill_curve.seconds(request.prompt_tokens) / request.prompt_blocks
+    return min(computed_s, _seconds(request.block_bytes, worker.host_bytes_per_s))
+
+
 def interference_s(worker: WorkerView, prefill: PrefillCost) -> float:
     """Request-seconds that requests decoding on the worker lose to a prefill there."""
     return worker.running * prefill.compute_s

@@ -18,7 +18,8 @@ class Terms:
     host and disk tiers, `pull_s` reading blocks from another worker, `compute_s` computing the rest. Of
     the worker that decodes: `transfer_s` reading from the prefill worker, `interference_s` that requests
     decoding there lose to a prefill beside them, `decode_s` that this request and those lose by sharing
-    steps. `affinity_s` is negative where the conversation would stay in place.
+    steps. `storage_s` is what it will take to have again what the prompt's blocks push out of the pools.
+    `affinity_s` is negative where the conversation would stay in place.
     """
 
     queue_s: float = 0.0
@@ -28,6 +29,7 @@ class Terms:
     transfer_s: float = 0.0
     interference_s: float = 0.0
     decode_s: float = 0.0
+    storage_s: float = 0.0
     affinity_s: float = 0.0
 
     @property
@@ -39,7 +41,7 @@ class Terms:
         """All of it; a batch request hardly minds its queue and seeks what takes least from others."""
         queue_s = self.queue_s * (_BATCH_WAIT if slo == "batch" else 1.0)
         own_s = self.tier_s + self.pull_s + self.compute_s + self.transfer_s + self.decode_s
-        return queue_s + own_s + self.interference_s + self.affinity_s
+        return queue_s + own_s + self.interference_s + self.storage_s + self.affinity_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ class Curve:
 class WorkerView:
     """One live worker as the router knows it now, work it has just been promised included.
 
+    `free_blocks` are free or evictable, `cached_blocks` are kept for later requests, those in use included.
     `waiting` counts requests whose prefill or decode has not begun, `queued_tokens` prompt tokens promised
     and not yet computed. `read_bytes_per_s` is the bandwidth of reads from other workers by their id,
     `host_bytes_per_s` and `disk_bytes_per_s` that of reads from the worker's own tiers; 0 without.
@@ -72,6 +73,7 @@ class WorkerView:
     role: Role
     total_blocks: int
     free_blocks: int
+    cached_blocks: int = 0
     running: int = 0
     waiting: int = 0
     queued_tokens: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from baton.errors import InvalidRequest
 from baton.kv.events import Cleared, Event, Removed, Stored, Tier, WorkerEvents
@@ -142,11 +143,15 @@ def _check_name(field: str, value: str) -> None:
 
 
 def worker_view(
-    worker: kvstore_pb2.Worker, load: worker_pb2.WorkerLoad, draining: bool = False
+    worker: kvstore_pb2.Worker,
+    load: worker_pb2.WorkerLoad,
+    draining: bool = False,
+    read_bytes_per_s: Mapping[str, float] = MappingProxyType({}),
 ) -> WorkerView:
     """What routing sees of a worker that `check_worker` has let through.
 
-    A worker that has not reported its load yet counts as empty.
+    A worker that has not reported its load yet counts as empty. Bandwidths that are no positive, finite
+    numbers count as not measured.
     """
     reported = load.total_blocks > 0
     return WorkerView(
@@ -156,13 +161,21 @@ def worker_view(
         role=_ROLES[worker.role],
         total_blocks=worker.total_blocks,
         free_blocks=load.free_blocks if reported else worker.total_blocks,
+        cached_blocks=load.cached_blocks,
         running=load.running,
         waiting=load.waiting,
         queued_tokens=load.queued_tokens,
         draining=draining,
         prefill_curve=_curve(worker.prefill_curve),
         decode_curve=_curve(worker.decode_curve),
+        read_bytes_per_s={peer: rate for peer, rate in read_bytes_per_s.items() if 0 < rate < float("inf")},
+        host_bytes_per_s=_rate(worker.host_bytes_per_s),
+        disk_bytes_per_s=_rate(worker.disk_bytes_per_s),
     )
+
+
+def _rate(measured: float) -> float:
+    return measured if 0 < measured < float("inf") else 0.0
 
 
 def _curve(points: Sequence[kvstore_pb2.CurvePoint]) -> Curve:

@@ -98,6 +98,7 @@ class Promises:
         return replace(
             view,
             free_blocks=max(0, at.free_blocks - promised.blocks),
+            cached_blocks=at.cached_blocks,
             running=at.running,
             waiting=at.waiting + promised.requests,
             queued_tokens=at.queued_tokens + promised.queued_tokens,
