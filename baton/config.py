@@ -144,6 +144,11 @@ class KvstoreSettings:
     )
     kvstore_host: str = setting("127.0.0.1", "address the kvstore listens on")
     redis: str = setting("", "Redis URL for shared state [empty: in the kvstore's memory]")
+    index_max_bytes: int = setting(
+        1 << 30,
+        "memory the prefix index may take in the kvstore and in each router; beyond it blocks are forgotten",
+        minimum=1 << 20,
+    )
     worker_ttl_s: float = setting(5.0, "seconds without a beat after which a worker is gone", minimum=0.5)
 
 

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from struct import Struct
 from sys import getsizeof
 
-from baton.kv.events import Event, Removed, SequenceGate, Stored, Tier, Verdict, WorkerEvents
+from baton.kv.events import Event, Removed, SequenceGate, Stored, Tier, TierCounts, Verdict, WorkerEvents
 
 # A table is cut into shards by the low bits of the key, so that sweeping or growing one is short work.
 _SHARD_BITS = 8
@@ -44,24 +43,6 @@ _GENERATIONS = 16
 _SAMPLED_SHARDS = 16
 
 _Table = list[dict[int, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class TierCounts:
-    """How many leading blocks of a chain a worker has on the device, then in host memory, then on disk.
-
-    A block in several tiers counts where it is fastest to reach, and no later block counts as faster
-    than one before it: a chain is read in order.
-    """
-
-    device: int = 0
-    host: int = 0
-    disk: int = 0
-
-    @property
-    def blocks(self) -> int:
-        """Leading blocks held in any tier."""
-        return self.device + self.host + self.disk
 
 
 class PrefixIndex:
@@ -131,7 +112,10 @@ class PrefixIndex:
         return held
 
     def lookup_tiers(self, block_ids: Sequence[bytes]) -> dict[str, TierCounts]:
-        """Like `lookup`, with how many of the leading blocks lie in which tier."""
+        """Like `lookup`, with how many of the leading blocks lie in which tier.
+
+        No block counts as in a faster tier than one before it: a chain is read in order.
+        """
         held = self.lookup(block_ids)
         if self._tables.keys() <= {Tier.DEVICE}:
             return {worker_id: TierCounts(device=blocks) for worker_id, blocks in held.items()}

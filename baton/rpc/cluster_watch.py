@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 
@@ -16,18 +17,25 @@ from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 __all__ = ["ClusterWatch", "Peer", "PeerListener"]
 
+log = logging.getLogger(__name__)
+
 
 class ClusterWatch(RegistryWatch):
     """The live workers and a replica of the prefix index, kept current for as long as `run` runs.
 
     `index` is that replica; use it on the loop that `run` runs on. With the kvstore away it stays as it
     is; afterwards each worker's blocks stay until a newer snapshot of that worker, or until it is gone.
+    `index_max_bytes` bounds its memory (see `PrefixIndex`); 0 does not.
     """
 
-    def __init__(self, address: str, *, ttl_s: float, listener: PeerListener | None = None) -> None:
+    def __init__(
+        self, address: str, *, ttl_s: float, listener: PeerListener | None = None, index_max_bytes: int = 0
+    ) -> None:
         super().__init__(address, ttl_s=ttl_s, listener=listener)
         self._index_live = False
-        self.index = PrefixIndex()
+        self._index_max_bytes = index_max_bytes
+        self._told_of_bound = False
+        self.index = PrefixIndex(index_max_bytes)
 
     @property
     def connected(self) -> bool:
@@ -89,6 +97,13 @@ class ClusterWatch(RegistryWatch):
         except InvalidRequest as error:
             raise ConnectionLost(f"the kvstore sent events that make no sense: {error}") from error
         verdict = self.index.apply(message)
+        if self.index.evicted and not self._told_of_bound:
+            self._told_of_bound = True
+            log.warning(
+                "the index has reached --index-max-bytes %d and forgets what was used least recently; "
+                "raise it if there is memory",
+                self._index_max_bytes,
+            )
         # Events of a worker that the registry has already declared gone may still be on their way.
         if verdict is Verdict.RESYNC and message.worker_id in self._peers:
             raise ConnectionLost(f"events of worker {message.worker_id} are missing")

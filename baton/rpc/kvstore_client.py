@@ -6,8 +6,9 @@ import asyncio
 import logging
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import TypeAlias
 
 import grpc
@@ -23,6 +24,7 @@ Join: TypeAlias = "grpc.aio.StreamStreamCall[kvstore_pb2.Beat, kvstore_pb2.JoinR
 Publish: TypeAlias = "grpc.aio.StreamStreamCall[kvstore_pb2.IndexEvents, kvstore_pb2.PublishReply]"
 
 REPLY_TIMEOUT_S = 5.0
+MAX_PEERS = 1024
 _LOAD_INTERVAL_S = 0.05
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 1.0
@@ -142,6 +144,7 @@ class WorkerMembership:
         self._worker = worker
         self._load = worker_pb2.WorkerLoad()
         self._draining = False
+        self._reads: Mapping[str, float] = {}
         self._beat_bell = _Bell()
         self._connected = False
 
@@ -164,6 +167,14 @@ class WorkerMembership:
     def report(self, load: worker_pb2.WorkerLoad) -> None:
         """Tell the registry how busy the worker is; the latest report counts."""
         self._load = load
+        self._beat_bell.ring()
+
+    def report_reads(self, bytes_per_s: Mapping[str, float]) -> None:
+        """Tell the registry how fast reads from other workers were, by their ids; the latest report counts.
+
+        It travels with every beat: keep to the peers that were read from lately, `MAX_PEERS` at most.
+        """
+        self._reads = dict(islice(bytes_per_s.items(), MAX_PEERS))
         self._beat_bell.ring()
 
     def change(self, *, worker: kvstore_pb2.Worker | None = None, draining: bool | None = None) -> None:
@@ -215,7 +226,9 @@ class WorkerMembership:
                 publish.cancel()
 
     def _beat(self, worker: kvstore_pb2.Worker | None) -> kvstore_pb2.Beat:
-        return kvstore_pb2.Beat(worker=worker, load=self._load, draining=self._draining)
+        return kvstore_pb2.Beat(
+            worker=worker, load=self._load, draining=self._draining, read_bytes_per_s=self._reads
+        )
 
     async def _send_beats(self, join: Join, ttl_s: float) -> None:
         told = self._worker

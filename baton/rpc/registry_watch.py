@@ -148,7 +148,8 @@ class RegistryWatch:
         except InvalidRequest as error:
             log.error("the kvstore told of a worker that cannot be used: %s", error)
             return
-        peer = Peer(change.worker, change.load, worker_view(change.worker, change.load, change.draining))
+        view = worker_view(change.worker, change.load, change.draining, change.read_bytes_per_s)
+        peer = Peer(change.worker, change.load, view)
         timer = self._leaving.pop(worker_id, None)
         if timer is not None:
             timer.cancel()

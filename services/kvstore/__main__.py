@@ -16,6 +16,7 @@ from baton.rpc.v1 import kvstore_pb2_grpc
 from services.kvstore.backend import Backend
 from services.kvstore.memory import MemoryBackend
 from services.kvstore.metrics import Metrics, RedisMetrics
+from services.kvstore.reservations import ReservationsServicer
 from services.kvstore.servicers import PrefixIndexServicer, RegistryServicer
 from services.kvstore.state import ClusterState
 
@@ -32,10 +33,14 @@ async def serve(settings: Settings) -> None:
     chosen = settings.kvstore
     metrics = Metrics()
     backend = _backend(settings, metrics)
-    state = ClusterState(backend)
+    state = ClusterState(backend, chosen.index_max_bytes)
     metrics.workers.set_function(lambda: len(state.members))
     metrics.blocks.set_function(lambda: sum(len(member.holdings) for member in state.members))
+    metrics.index_bytes.set_function(lambda: state.index_bytes)
+    metrics.forgotten_blocks.set_function(lambda: state.forgotten_blocks)
     metrics.subscribers.set_function(lambda: state.subscribers)
+    reservations = ReservationsServicer()
+    metrics.routers.set_function(lambda: reservations.routers)
     async with Server() as server:
         server.add(
             kvstore_pb2_grpc.add_RegistryServicer_to_server,
@@ -47,6 +52,7 @@ async def serve(settings: Settings) -> None:
             PrefixIndexServicer(state, metrics),
             "baton.v1.PrefixIndex",
         )
+        server.add(kvstore_pb2_grpc.add_ReservationsServicer_to_server, reservations, "baton.v1.Reservations")
         port = server.bind(chosen.kvstore_host, chosen.kvstore_port, flag="--kvstore-port")
         metrics_port = metrics.serve(chosen.kvstore_host, settings.observability.metrics_port)
         state.restore(await backend.load())

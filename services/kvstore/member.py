@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from sys import getsizeof
 
 from baton.kv.events import Cleared, Event, Position, Stored, Tier
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
+
+_ID_BYTES = 64  # a bytes object of 16 bytes, as the allocator rounds it
 
 
 class Holdings:
@@ -17,6 +20,18 @@ class Holdings:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the blocks take."""
+        return getsizeof(self._blocks) + _ID_BYTES * len(self._blocks)
+
+    def forget_newest(self, count: int) -> list[bytes]:
+        """Let go of the `count` blocks stored last, so that of every chain a leading part remains."""
+        blocks = self._blocks
+        gone = [blocks.popitem()[0] for _ in range(min(count, len(blocks)))]
+        self._blocks = dict(blocks.items())  # a dict keeps the room it once had
+        return gone
 
     def ids(self) -> list[bytes]:
         """Every block id, first stored first."""
@@ -66,6 +81,7 @@ class Member:
     worker: kvstore_pb2.Worker
     load: worker_pb2.WorkerLoad
     draining: bool = False
+    read_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     confirmed: bool = True
     position: Position | None = None
     holdings: Holdings = field(default_factory=Holdings)
@@ -81,5 +97,9 @@ class Member:
     def change(self, *, gone: bool = False) -> kvstore_pb2.RegistryUpdate.Change:
         """The member as Registry.Watch tells it; a copy, so it may wait in a queue."""
         return kvstore_pb2.RegistryUpdate.Change(
-            worker=self.worker, load=self.load, draining=self.draining, gone=gone
+            worker=self.worker,
+            load=self.load,
+            draining=self.draining,
+            gone=gone,
+            read_bytes_per_s=self.read_bytes_per_s,
         )

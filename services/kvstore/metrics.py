@@ -18,8 +18,19 @@ class Metrics:
             "Blocks in the index, once per worker that holds them.",
             registry=self.registry,
         )
+        self.index_bytes = Gauge(
+            "baton_index_bytes", "Memory that the workers' blocks take.", registry=self.registry
+        )
+        self.forgotten_blocks = Gauge(
+            "baton_index_evicted_blocks_total",
+            "Entries forgotten because the index reached --index-max-bytes.",
+            registry=self.registry,
+        )
         self.subscribers = Gauge(
             "baton_kvstore_subscribers", "Open index subscriptions.", registry=self.registry
+        )
+        self.routers = Gauge(
+            "baton_kvstore_routers", "Routers that share their reservations.", registry=self.registry
         )
         self.slow_subscribers = Counter(
             "baton_kvstore_slow_subscribers",

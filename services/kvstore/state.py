@@ -43,9 +43,16 @@ class Session:
 
 
 class ClusterState:
-    """Members and feeds. No sockets and no clocks; one task at a time may call it, no method waits."""
+    """Members and feeds. No sockets and no clocks; one task at a time may call it, no method waits.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        index_max_bytes: memory that the workers' blocks may take; 0 is no bound. Beyond it the worker that
+            has most of it loses what it stored last: nobody looks blocks up here, so the kvstore does
+            not know which are of use, but leading parts of chains are worth more than their ends.
+            Subscribers are not told: what they know is true, and they have bounds of their own.
+    """
+
+    def __init__(self, backend: Backend, index_max_bytes: int = 0) -> None:
         self._backend = backend
         self._members: dict[str, Member] = {}
         self._sessions: dict[str, Session] = {}
@@ -54,6 +61,15 @@ class ClusterState:
         self._index_feeds: set[IndexFeed] = set()
         self._membership_feeds: set[MembershipFeed] = set()
         self._closing = False
+        self._index_max_bytes = index_max_bytes
+        self._weights: dict[str, int] = {}
+        self._weight = 0
+        self.forgotten_blocks = 0
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory that the workers' blocks take."""
+        return self._weight
 
     @property
     def members(self) -> list[Member]:
@@ -71,6 +87,7 @@ class ClusterState:
             self._members[member.worker_id] = member
             if member.position is not None:
                 self._gate.restore(member.worker_id, member.position)
+            self._weigh(member)
 
     def expire_unconfirmed(self) -> None:
         """Drop the members from `restore` that have not joined since."""
@@ -122,6 +139,7 @@ class ClusterState:
         if (worker.worker_id, worker.incarnation) != (session.worker_id, session.incarnation):
             raise Replaced(f"the stream of worker {session.worker_id} may not speak for {worker.worker_id}")
         load = beat.load if beat.HasField("load") else member.load
+        member.read_bytes_per_s = dict(beat.read_bytes_per_s)
         self._update(member, worker, load, beat.draining)
 
     def leave(self, session: Session) -> None:
@@ -153,6 +171,7 @@ class ClusterState:
         del self._members[worker_id]
         self._sessions.pop(worker_id, None)
         self._gate.forget(worker_id)
+        self._weight -= self._weights.pop(worker_id, 0)
         self._backend.member_gone(member)
         for membership_feed in self._membership_feeds:
             membership_feed.offer(member.change(gone=True))
@@ -184,10 +203,31 @@ class ClusterState:
                 self._backend.blocks_replaced(member)
             else:
                 self._backend.blocks_changed(member, (block_id for ids in touched for block_id in ids))
+            self._weigh(member)
             update = kvstore_pb2.IndexUpdate(events=wire)
             for feed in self._index_feeds:
                 feed.offer(update, message.blocks())
         return verdict
+
+    def _weigh(self, member: Member) -> None:
+        """Account for the member's blocks, and forget some of somebody's when all are too many."""
+        self._note_weight(member)
+        while self._index_max_bytes and self._weight > self._index_max_bytes:
+            heaviest = self._members[max(self._weights, key=self._weights.__getitem__)]
+            if not self.forgotten_blocks:
+                log.warning(
+                    "the index has reached --index-max-bytes %d and forgets blocks; raise it if you can",
+                    self._index_max_bytes,
+                )
+            gone = heaviest.holdings.forget_newest(1 + len(heaviest.holdings) // 8)
+            self.forgotten_blocks += len(gone)
+            self._backend.blocks_changed(heaviest, gone)
+            self._note_weight(heaviest)
+
+    def _note_weight(self, member: Member) -> None:
+        weight = member.holdings.memory_bytes
+        self._weight += weight - self._weights.get(member.worker_id, 0)
+        self._weights[member.worker_id] = weight
 
     # ---- feeds --------------------------------------------------------------------------------
 

@@ -22,10 +22,15 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    cluster = WatchedCluster(settings.kvstore.kvstore, settings.kvstore.worker_ttl_s)
+    kvstore = settings.kvstore
+    cluster = WatchedCluster(kvstore.kvstore, kvstore.worker_ttl_s, kvstore.index_max_bytes)
     router = Router(settings, cluster)
     cluster.listener = router
     router.metrics.kvstore_connected.set_function(lambda: cluster.connected)
+    router.metrics.index_lag_s.set_function(lambda: cluster.lag_s)
+    router.metrics.index_blocks.set_function(lambda: len(cluster.index))
+    router.metrics.index_bytes.set_function(lambda: cluster.index.memory_bytes)
+    router.metrics.index_evicted.set_function(lambda: cluster.index.evicted)
     # What was loaded at start stays: spare the garbage collector from looking at it again and again.
     gc.collect()
     gc.freeze()

@@ -53,8 +53,8 @@ class ClusterListener(Protocol):
 class WatchedCluster(PeerListener):
     """The cluster as the kvstore tells it. `run` follows it until cancelled."""
 
-    def __init__(self, kvstore: str, ttl_s: float) -> None:
-        self._watch = ClusterWatch(kvstore, ttl_s=ttl_s, listener=self)
+    def __init__(self, kvstore: str, ttl_s: float, index_max_bytes: int) -> None:
+        self._watch = ClusterWatch(kvstore, ttl_s=ttl_s, listener=self, index_max_bytes=index_max_bytes)
         self._workers: dict[str, KnownWorker] = {}
         self.listener: ClusterListener | None = None
 
@@ -69,6 +69,11 @@ class WatchedCluster(PeerListener):
     @property
     def connected(self) -> bool:
         return self._watch.connected
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds for which what is known here has not been known to be current."""
+        return self._watch.lag_s
 
     async def run(self) -> None:
         await self._watch.run()

@@ -91,6 +91,22 @@ class Metrics:
             "1 while the kvstore's streams are up; at 0 the router goes on with the last known state.",
             registry=registry,
         )
+        self.index_lag_s = Gauge(
+            "baton_index_lag_seconds",
+            "Seconds since the index replica was last known to be current; 0 while connected.",
+            registry=registry,
+        )
+        self.index_blocks = Gauge(
+            "baton_index_blocks", "Entries in the index replica: blocks, once per tier.", registry=registry
+        )
+        self.index_bytes = Gauge(
+            "baton_index_bytes", "Memory that the index replica takes.", registry=registry
+        )
+        self.index_evicted = Gauge(
+            "baton_index_evicted_blocks_total",
+            "Entries forgotten because the index replica reached --index-max-bytes.",
+            registry=registry,
+        )
         self._success = Counter(
             "vllm:request_success", "Choices that ended.", [*label, "finished_reason"], registry=registry
         )

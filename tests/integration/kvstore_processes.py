@@ -113,8 +113,11 @@ class SecureRedisProcess(RedisProcess):
 class KvstoreProcess(Process):
     """A kvstore; `redis` is a URL, or empty for the memory backend."""
 
-    def __init__(self, log: Path, *, redis: str = "", ttl_s: float = 3.0) -> None:
+    def __init__(
+        self, log: Path, *, redis: str = "", ttl_s: float = 3.0, index_max_bytes: int = 1 << 30
+    ) -> None:
         super().__init__(log)
+        self._index_max_bytes = index_max_bytes
         self._redis = redis
         self._ttl_s = ttl_s
         self._metrics_port = free_port()
@@ -122,7 +125,8 @@ class KvstoreProcess(Process):
     def command(self) -> list[str]:
         ports = ["--kvstore-port", str(self.port), "--metrics-port", str(self._metrics_port)]
         chosen = ["--worker-ttl-s", str(self._ttl_s), *(["--redis", self._redis] if self._redis else [])]
-        return [sys.executable, "-m", "services.kvstore", *ports, *chosen]
+        bound = ["--index-max-bytes", str(self._index_max_bytes)]
+        return [sys.executable, "-m", "services.kvstore", *ports, *chosen, *bound]
 
     def metric(self, name: str, **labels: str) -> float | None:
         """The value of one sample on /metrics, None when it is not there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import signal
 import subprocess
@@ -207,11 +208,16 @@ async def test_a_worker_in_the_registry_is_as_it_said(memory_kvstore: KvstorePro
         assert seen.peers["a"].worker == a.worker
         a.membership.report(worker_pb2.WorkerLoad(running=3, total_blocks=100, free_blocks=7))
         await until(lambda: seen.views()[0].running == 3 and seen.views()[0].free_blocks == 7, "its load")
+        a.membership.report_reads({"b": 2e9, "c": 0.0})
+        await until(lambda: seen.views()[0].read_bytes_per_s == {"b": 2e9}, "how fast it reads from b")
         changed = kvstore_pb2.Worker()
         changed.CopyFrom(a.worker)
+        changed.host_bytes_per_s = 3e9
         changed.role = worker_pb2.ROLE_PREFILL
         a.membership.change(worker=changed, draining=True)
         await until(lambda: seen.peers["a"].worker == changed and seen.views()[0].draining, "its new role")
+        assert (seen.views()[0].host_bytes_per_s, seen.views()[0].disk_bytes_per_s) == (3e9, 0.0)
+        assert seen.views()[0].read_bytes_per_s == {"b": 2e9}
         assert seen.connected
         assert seen.lag_s == 0.0
     assert not seen.connected
@@ -308,6 +314,25 @@ async def test_a_later_process_takes_over_a_worker_id_for_good(memory_kvstore: K
             await until(lambda: seen.index.lookup(chain(2, 2)) == {"a": 2}, "the new one publishes")
             assert seen.index.lookup(chain(0)) == {}
             assert heard.heard == ["added a/old", "gone a/old", "added a/new"]
+
+
+async def test_a_full_index_forgets_and_says_so(tmp_path: Path, processes: list[Process]) -> None:
+    store = KvstoreProcess(tmp_path / "kvstore.log", index_max_bytes=1 << 20)
+    processes.append(store)
+    await store.start()
+    ids = [hashlib.md5(str(number).encode()).digest() for number in range(20_000)]
+    a, b, seen = Publisher(store.address, "a"), Publisher(store.address, "b"), watch(store)
+    a.held, b.held = dict.fromkeys(ids, ()), dict.fromkeys(ids[:100], ())
+    async with running(a.membership, b.membership):
+        await until(lambda: store.metric("baton_kvstore_messages_total", verdict="replace") == 2, "all came")
+        async with running(seen):
+            await seen.ready()
+            found = seen.index.lookup(ids)
+            assert found["b"] == 100
+            assert 2_000 < found["a"] < 20_000
+    assert (store.metric("baton_index_bytes") or 0) <= 1 << 20
+    assert store.metric("baton_index_evicted_blocks_total") == 20_000 - found["a"]
+    assert store.log.count("forgets blocks") == 1
 
 
 async def test_a_restarted_kvstore_starts_from_redis(redis_kvstore: KvstoreProcess) -> None:

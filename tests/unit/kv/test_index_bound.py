@@ -8,9 +8,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from baton.kv.events import Removed, Stored, Tier, WorkerEvents
+from baton.kv.events import Removed, Stored, Tier, TierCounts, WorkerEvents
 from baton.kv.hashing import extend_chain
-from baton.kv.index import PrefixIndex, TierCounts
+from baton.kv.index import PrefixIndex
 
 BOUND = 300_000
 SEGMENT = 16
@@ -109,6 +109,6 @@ def test_leading_blocks_are_counted_by_the_tier_they_are_reached_in() -> None:
         "b": TierCounts(device=10, host=20, disk=34),
         "c": TierCounts(disk=3),
     }
-    assert index.lookup_tiers(ids)["b"].blocks == index.lookup(ids)["b"] == 64
+    assert index.lookup_tiers(ids)["b"].total == index.lookup(ids)["b"] == 64
     index.apply(WorkerEvents("b", "1", 2, False, (Removed(ids[30:], Tier.DISK), Removed(ids[2:10]))))
     assert index.lookup_tiers(ids)["b"] == TierCounts(device=2, host=28)
