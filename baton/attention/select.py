@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from baton.attention import cuda, tiled
+from baton.attention import cuda, native, tiled
 from baton.attention.base import AttentionBackend, AttentionSpec
 from baton.config import BadSetting
 from baton.errors import UnsupportedModel
@@ -67,7 +67,10 @@ def create_backend(
         shape = (*outer, block_size, kv_heads, head_dim)
         return cuda.FlashAttention(specs, cuda.FlashKvCache(layout, shape, dtype, device))
     shape = (*outer, kv_heads, block_size, head_dim)
-    return tiled.TiledAttention(specs, tiled.TiledKvCache(layout, shape, dtype, device))
+    cache = tiled.TiledKvCache(layout, shape, dtype, device)
+    if native.supports(device, dtype, specs):
+        return native.NativeAttention(specs, cache)
+    return tiled.TiledAttention(specs, cache)
 
 
 def _kv_shape(specs: Sequence[AttentionSpec]) -> tuple[int, int]:

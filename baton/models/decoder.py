@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from baton.attention.base import AttentionBackend, AttentionSpec
 from baton.models.base import Model
 from baton.models.config import ModelConfig
-from baton.models.layers import Activation, Linear
+from baton.models.layers import Activation, Linear, gated
 from baton.models.rope import Rotary, rotate
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
@@ -39,12 +39,13 @@ class SelfAttention:
     def __call__(self, x: torch.Tensor, turn: Turn, attention: AttentionBackend, layer: int) -> torch.Tensor:
         heads, kv_heads = self.spec.heads, self.spec.kv_heads
         qkv = self.qkv(x).view(x.shape[0], heads + 2 * kv_heads, self.spec.head_dim)
+        v = qkv[:, heads + kv_heads :]
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(qkv[:, :heads]), self.key_norm(qkv[:, heads : heads + kv_heads])
-            turned = rotate(torch.cat((q, k), dim=1), turn)
+            q = rotate(self.query_norm(qkv[:, :heads]), turn)
+            k = rotate(self.key_norm(qkv[:, heads : heads + kv_heads]), turn)
         else:
             turned = rotate(qkv[:, : heads + kv_heads], turn)
-        q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
+            q, k = turned[:, :heads], turned[:, heads:]
         return self.out(attention.attend(layer, q, k, v))
 
 
@@ -57,8 +58,7 @@ class GatedMlp:
     activation: Activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(gated(self.activation, self.gate_up(x)))
 
 
 @dataclass(frozen=True)

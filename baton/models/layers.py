@@ -5,15 +5,19 @@ threads ran: then a disaggregated answer equals the aggregated one, and a replay
 Measured on CPU with torch 2.13: oneDNN products of prepacked weights, exp, tanh, cos, sin, float32
 rsqrt and sums along the last axis keep rows independent. Sigmoid, silu and gelu do not (their
 vectorised loop and its scalar tail round differently), nor do matrix products of fewer than 4 rows.
+The compiled kernels (native.cpp) keep rows independent by construction.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from baton.models import native
 
 MIN_ROWS = 4
 _PACK_ROWS = 8
@@ -29,28 +33,89 @@ class Linear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self._packed else weight
         self._bias = bias
         self._on_cpu = weight.device.type == "cpu"
+        self._few_rows = FewRows.of(weight, self._weight, bias) if self._packed else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not self._on_cpu:
             return F.linear(x, self._weight, self._bias)
         rows = x.shape[0]
+        if self._few_rows is not None and rows <= native.MOST_ROWS:
+            return self._few_rows(x)
         if rows < MIN_ROWS:
             x = F.pad(x, (0, 0, 0, MIN_ROWS - rows))
-        if self._packed:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        else:
-            y = F.linear(x, self._weight, self._bias)
+        y = (
+            _packed_product(x, self._weight, self._bias)
+            if self._packed
+            else F.linear(x, self._weight, self._bias)
+        )
         return y[:rows]
+
+
+#: How many inputs oneDNN adds up apart, by (dtype, out, in, has bias); None where no guess was right.
+_CHUNKS: dict[tuple[torch.dtype, int, int, bool], int | None] = {}
+
+
+class FewRows:
+    """A product of few rows with the weights that oneDNN packed, equal to oneDNN's to the last bit.
+
+    There the speed of memory is the limit, and oneDNN stays below it.
+    """
+
+    def __init__(
+        self,
+        kernel: ctypes._NamedFuncPointer,
+        packed: torch.Tensor,
+        bias: torch.Tensor | None,
+        chunk: int,
+    ) -> None:
+        self._kernel, self._packed, self._bias, self._chunk = kernel, packed, bias, chunk
+        self._out, self._in = packed.shape
+        self._weight_at = torch.ops.mkldnn.data_ptr(packed)
+        self._bias_at = None if bias is None else bias.data_ptr()
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> FewRows | None:
+        """For `packed`, which oneDNN made of `weight` [out, in]; None unless a trial finds all bits equal."""
+        kernel = native.kernel("linear", weight)
+        if kernel is None or not _is_in_panels(weight, packed):
+            return None
+        shape = (weight.dtype, *weight.shape, bias is not None)
+        if shape not in _CHUNKS:
+            inputs = weight.shape[1]
+            x = torch.rand(67, inputs, generator=torch.Generator().manual_seed(0)).to(weight.dtype) - 0.5
+            expected = _packed_product(x, packed, bias)
+            guesses = (512, 1024, inputs, 256, 2048, 128)
+            trials = ((guess, cls(kernel, packed, bias, guess)) for guess in guesses)
+            _CHUNKS[shape] = next((guess for guess, trial in trials if torch.equal(trial(x), expected)), None)
+        chunk = _CHUNKS[shape]
+        return None if chunk is None else cls(kernel, packed, bias, chunk)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x, rows = x.contiguous(), x.shape[0]
+        y = torch.empty(rows, self._out, dtype=x.dtype)
+        self._kernel(
+            x.data_ptr(),
+            rows,
+            self._in,
+            self._chunk,
+            self._weight_at,
+            self._out,
+            self._bias_at,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
 
 
 class RmsNorm:
     """x / rms(x) * weight over the last axis, the division in float32 (Llama's order of rounding)."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight, self._eps = weight, eps
+        self._weight, self._wide, self._eps = weight, weight.float(), eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._weight * _normalized(x, self._eps).to(x.dtype)
+        y = _native_norm(x, self._wide, self._eps, round_first=True)
+        return self._weight * _normalized(x, self._eps).to(x.dtype) if y is None else y
 
 
 class OffsetRmsNorm:
@@ -60,7 +125,8 @@ class OffsetRmsNorm:
         self._weight, self._eps = 1.0 + weight.float(), eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return (_normalized(x, self._eps) * self._weight).to(x.dtype)
+        y = _native_norm(x, self._weight, self._eps, round_first=False)
+        return (_normalized(x, self._eps) * self._weight).to(x.dtype) if y is None else y
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -76,6 +142,22 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
 
 
+def gated(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
+    """activation(gate) * up [rows, size] of [rows, 2 * size], gate and up side by side."""
+    kernel = native.kernel("gate", gate_up)
+    if kernel is None or activation not in _NATIVE_ACTIVATIONS or not gate_up.is_contiguous():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate) * up
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty(rows, size, dtype=gate_up.dtype)
+    kind = _NATIVE_ACTIVATIONS.index(activation)
+    kernel(gate_up.data_ptr(), rows, size, kind, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+#: In the order of native.cpp's enumeration.
+_NATIVE_ACTIVATIONS: tuple[Activation, ...] = (silu, gelu_tanh)
+
 #: By the name config.json uses in hidden_act or hidden_activation.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": silu,
@@ -88,6 +170,52 @@ ACTIVATIONS: dict[str, Activation] = {
 def _normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+def _native_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, round_first: bool
+) -> torch.Tensor | None:
+    """The compiled norm over the last axis of [rows, size] or [rows, groups, size]; None without one."""
+    kernel = native.kernel("norm", x)
+    if kernel is None or x.stride(-1) != 1:
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype)
+    groups, group_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+    kernel(
+        x.data_ptr(),
+        x.shape[0],
+        groups,
+        x.shape[-1],
+        x.stride(0),
+        group_stride,
+        weight.data_ptr(),
+        eps,
+        round_first,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+def _is_in_panels(weight: torch.Tensor, packed: torch.Tensor) -> bool:
+    """Whether `packed` holds `weight` as native.cpp reads it."""
+    outputs, inputs = weight.shape
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
+    size = weight.numel() * weight.itemsize
+    if outputs % native.PANEL or inputs % pair or torch.ops.mkldnn._nbytes(packed) != size:
+        return False
+    memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
+    panels = torch.frombuffer(memory, dtype=weight.dtype).view(-1, inputs // pair, native.PANEL, pair)
+    first, last = weight[: native.PANEL], weight[-native.PANEL :]
+    return all(
+        torch.equal(panel, rows.view(native.PANEL, -1, pair).transpose(0, 1))
+        for panel, rows in ((panels[0], first), (panels[-1], last))
+    )
 
 
 def _packs(weight: torch.Tensor) -> bool:

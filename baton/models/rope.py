@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from baton.models import native
 from baton.models.rope_config import RopeConfig
 
 
@@ -31,9 +32,22 @@ def rotate(heads: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torc
     """Turn the leading dimensions of `heads` [T, heads, head_dim] by `turn` from `Rotary.at`.
 
     Dimension i turns with dimension i + rotary_dim / 2. Computed in float32, returned in heads' dtype.
+    May use the memory of `heads` for the result.
     """
     cos, sin = turn
     half = cos.shape[-1]
+    kernel = native.kernel("rotate", heads)
+    if kernel is not None and heads.stride()[1:] == (heads.shape[2], 1):
+        kernel(
+            heads.data_ptr(),
+            *heads.shape,
+            heads.stride(0),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            half,
+            torch.get_num_threads(),
+        )
+        return heads
     wide = heads.float()
     first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

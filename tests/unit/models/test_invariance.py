@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reference_models import VOCAB, Variant, write_reference
 
 from baton.attention.base import AttentionBatch
+from baton.models import native
 from baton.models.base import Model
 from baton.models.loader import load_model
 
@@ -72,8 +73,19 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to compute; on machines without the compiled kernels both are torch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(native, "library", lambda: None)
+        yield request.param
+
+
 @pytest.fixture(scope="module", params=MODELS, ids=lambda each: each.name)
-def subject(request: pytest.FixtureRequest, dtype: str, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def subject(
+    request: pytest.FixtureRequest, dtype: str, kernels: str, tmp_path_factory: pytest.TempPathFactory
+) -> Subject:
     folder = tmp_path_factory.mktemp(request.param.name)
     write_reference(request.param, folder)
     model = load_model(folder, "cpu", dtype)

@@ -1,0 +1,91 @@
+"""Compiled CPU kernels: building native.cpp once per machine, and calling it on tensors.
+
+Where there is no compiler, or the processor lacks AVX512-BF16, `library` is None and torch's operators
+do the work: a little slower, and as independent of batch, chunks and threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+_COMPILE_DEADLINE_S = 120.0
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+#: Outputs that a product computes together; oneDNN packs weights in panels of as many.
+PANEL = 64
+#: Above so many rows oneDNN's own product is faster: it also keeps the rows in cache.
+MOST_ROWS = 32
+
+_ARGUMENTS: dict[str, list[type]] = {
+    "linear": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int],
+    "norm": [c_void_p, *[c_int64] * 5, c_void_p, c_float, c_int, c_void_p, c_int],
+    "gate": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "rotate": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int],
+    "attend": [c_void_p],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had. The first call on a machine compiles."""
+    try:
+        loaded = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None)
+        log.info("no compiled kernels, torch computes: %s", (output or str(error)).strip().splitlines()[0])
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        for dtype in _DTYPES.values():
+            function = getattr(loaded, f"{name}_{dtype}")
+            function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def kernel(name: str, like: torch.Tensor) -> ctypes._NamedFuncPointer | None:
+    """The kernel `name` for tensors like `like`; None where torch must compute."""
+    if like.device.type != "cpu" or like.dtype not in _DTYPES:
+        return None
+    loaded = library()
+    return None if loaded is None else getattr(loaded, f"{name}_{_DTYPES[like.dtype]}")
+
+
+def _compiled() -> Path:
+    """The shared library of this source on this processor, from the cache or compiled into it."""
+    compiler = os.environ.get("CXX", "g++")
+    key = blake2b(digest_size=12)
+    for part in (_SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), _processor()):
+        key.update(part)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
+    target = folder / f"native-{key.hexdigest()}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / target.name
+            subprocess.run(
+                [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_COMPILE_DEADLINE_S,
+            )
+            built.replace(target)  # whole or not at all: other workers may be starting too
+    return target
+
+
+def _processor() -> bytes:
+    """What the processor can do, as the kernel lists it."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")

