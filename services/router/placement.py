@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from baton.kv.events import TierCounts
 from baton.kv.hashing import extend_chain
 from baton.routing import Candidate, ClusterView, Placement, Policy, Request, Role, WorkerView
 from baton.routing.admission import Pace
@@ -165,10 +166,10 @@ class Placer:
     ) -> Request:
         context = [*generation.prompt_token_ids, *output] if output else generation.prompt_token_ids
         layouts = {worker.layout for worker in known}
-        held: dict[str, int] = {}
+        tiers: dict[str, TierCounts] = {}
         for layout in layouts:
             chain = extend_chain(layout.root(generation.cache_salt), context, layout.block_size)
-            held.update(self._cluster.index.lookup(chain))
+            tiers.update(self._cluster.index.lookup_tiers(chain))
         # Workers of one model differ in block size only while they are replaced by others; the
         # smallest then overstates what the rest hold, which costs time and no correctness.
         block_size = min((layout.block_size for layout in layouts), default=1)
@@ -178,7 +179,8 @@ class Placer:
             blocks=-(-total // block_size),
             block_size=block_size,
             block_bytes=max((layout.block_bytes for layout in layouts), default=1),
-            held=held,
+            held={worker_id: counts.total for worker_id, counts in tiers.items()},
+            tiers=tiers,
             avoid=avoid,
             slo=generation.caller.slo,
             session=generation.caller.session,
