@@ -65,6 +65,11 @@ class EngineSettings:
         "memory is that much; on cuda what --gpu-memory-utilization leaves]",
         minimum=0,
     )
+    kv_host_bytes: int = setting(
+        0, "bytes of host memory for KV blocks that the pool has no room for [0: none]", minimum=0
+    )
+    kv_disk_path: str = setting("", "folder for KV blocks that host memory has no room for [empty: none]")
+    kv_disk_bytes: int = setting(0, "bytes of the file in --kv-disk-path", minimum=0)
     gpu_memory_utilization: float = setting(
         0.9, "share of a GPU's memory that weights and KV of one worker take", minimum=0.01, maximum=1
     )
@@ -143,7 +148,11 @@ class KvstoreSettings:
         50052, "gRPC port the kvstore listens on [0: any free one]", minimum=0, maximum=65535
     )
     kvstore_host: str = setting("127.0.0.1", "address the kvstore listens on")
-    redis: str = setting("", "Redis URL for shared state [empty: in the kvstore's memory]")
+    redis: str = setting(
+        "",
+        "Redis that outlives the kvstore: redis://, redis+sentinel:// or redis+cluster://, rediss... for TLS "
+        "[empty: in the kvstore's memory]",
+    )
     index_max_bytes: int = setting(
         1 << 30,
         "memory the prefix index may take in the kvstore and in each router; beyond it blocks are forgotten",

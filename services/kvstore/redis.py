@@ -1,7 +1,7 @@
 """The backend of a kvstore whose knowledge outlives it: a Redis that mirrors members and blocks.
 
 Schema, version 1. All keys begin with `baton:1:`; the worker id in braces keeps the keys of one worker
-on one node of a cluster.
+on one node of a Redis Cluster.
 
     baton:1:workers              set      ids of the workers there are
     baton:1:{<worker id>}:member hash     `change`: a RegistryUpdate.Change as protobuf
@@ -23,15 +23,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
-import redis.asyncio
 from google.protobuf.message import DecodeError
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
-from baton.config import BadSetting
 from baton.errors import InvalidRequest
 from baton.kv.events import Position, Tier
 from baton.kv.hashing import BLOCK_ID_BYTES
@@ -40,6 +36,7 @@ from baton.rpc.v1 import kvstore_pb2
 from services.kvstore.backend import Backend
 from services.kvstore.member import Holdings, Member
 from services.kvstore.metrics import RedisMetrics
+from services.kvstore.redis_url import TIMEOUT_S, connect
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +46,11 @@ _PARTIAL = "partial"
 _BLOCKS_PER_WRITE = 4096
 _WRITES_PER_ROUND = 16
 _SCAN_COUNT = 4096
-_TIMEOUT_S = 2.0
 _LOAD_TIMEOUT_S = 10.0
 _ROUND_PAUSE_S = 0.05
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 8.0
+_FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 _ALL_TIERS = sum(1 << tier for tier in Tier)
 
 # KEYS: member, blocks. ARGV: mode, incarnation, expected sequence, new sequence, retention, change,
@@ -119,21 +116,9 @@ class RedisBackend(Backend):
     def __init__(self, url: str, metrics: RedisMetrics) -> None:
         """
         Raises:
-            BadSetting: `url` is not a redis:// or rediss:// URL.
+            BadSetting: `url` names no Redis (see `redis_url`).
         """
-        if not url.startswith(("redis://", "rediss://")):
-            raise BadSetting(f"--redis must be a redis:// or rediss:// URL, got {url!r}", field="redis")
-        try:
-            self._redis = redis.asyncio.from_url(
-                url,
-                socket_timeout=_TIMEOUT_S,
-                socket_connect_timeout=_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as error:
-            raise BadSetting(f"--redis: {error}", field="redis") from error
-        self._write = self._redis.register_script(_WRITE)
-        self._remove = self._redis.register_script(_REMOVE)
+        self._redis: Any = connect(url)
         self._metrics = metrics
         self._mirrors: dict[str, _Mirror] = {}
         self._dirty: dict[str, None] = {}
@@ -191,7 +176,7 @@ class RedisBackend(Backend):
             # member is checked, and those that Redis turns out to lack are written anew.
             self._dirty = dict.fromkeys(self._mirrors)
             with suppress(TimeoutError):
-                async with asyncio.timeout(_TIMEOUT_S):
+                async with asyncio.timeout(TIMEOUT_S):
                     await self._round()
                     while self._dirty and self._up:
                         await self._round()
@@ -201,7 +186,7 @@ class RedisBackend(Backend):
         """Write everything noted so far; on failure leave it noted."""
         try:
             await self._carry_over()
-        except (RedisError, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             self._metrics.failures.inc()
             self._set_up(False, error)
             for worker_id, mirror in self._mirrors.items():
@@ -221,7 +206,7 @@ class RedisBackend(Backend):
 
     async def _carry_over(self) -> None:
         for worker_id, member in list(self._gone.items()):
-            await self._remove(keys=_keys(worker_id), args=[member.incarnation])
+            await self._redis.eval(_REMOVE, 2, *_keys(worker_id), member.incarnation)
             await self._redis.srem(f"{PREFIX}workers", worker_id)
             if self._gone.get(worker_id) is member:
                 del self._gone[worker_id]
@@ -240,26 +225,27 @@ class RedisBackend(Backend):
             for write in batch:
                 member = write.mirror.member
                 blocks = [part for block_id, tiers in write.blocks for part in (block_id, str(tiers))]
-                await self._write(
-                    keys=_keys(member.worker_id),
-                    args=[
-                        write.mode,
-                        member.incarnation,
-                        write.expected,
-                        write.sequence,
-                        RETENTION_S,
-                        member.change().SerializeToString(),
-                        *blocks,
-                    ],
-                    client=pipeline,
+                # By its text rather than its hash: a node that has never seen the script needs no round more.
+                pipeline.eval(
+                    _WRITE,
+                    2,
+                    *_keys(member.worker_id),
+                    write.mode,
+                    member.incarnation,
+                    write.expected,
+                    write.sequence,
+                    RETENTION_S,
+                    member.change().SerializeToString(),
+                    *blocks,
                 )
             answers = await pipeline.execute()
         for write, answer in zip(batch, answers, strict=True):
-            if answer != 1:
+            if answer == 1:
+                self._metrics.blocks.inc(len(write.blocks))
+            else:
                 log.warning("Redis lost writes of worker %s, writing it anew", write.mirror.member.worker_id)
                 write.mirror.rewrite, write.mirror.changed = True, set()
                 self._note(write.mirror.member.worker_id)
-        self._metrics.blocks.inc(sum(len(write.blocks) for write in batch))
 
     # ---- reading ------------------------------------------------------------------------------
 
@@ -267,7 +253,7 @@ class RedisBackend(Backend):
         try:
             async with asyncio.timeout(_LOAD_TIMEOUT_S):
                 members = await self._load()
-        except (RedisError, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             self._metrics.failures.inc()
             self._set_up(False, error)
             return ()
