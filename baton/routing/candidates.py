@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from heapq import nsmallest
+from typing import NamedTuple
 
 from baton.routing.choice import requests_on
 from baton.routing.cost import (
     PrefillCost,
-    block_s,
     decode_cost_s,
     interference_s,
     prefill_cost,
@@ -17,7 +16,7 @@ from baton.routing.cost import (
     pushed_out,
     transfer_s,
 )
-from baton.routing.placement import Candidate, Placement, Terms
+from baton.routing.placement import WAITING, Candidate, Placement, Terms
 from baton.routing.view import ClusterView, Request, WorkerView
 
 _SHORTLIST = 6
@@ -31,12 +30,55 @@ _CAUTION = 0.3
 _CAUTION_S = 0.005
 
 
-@dataclass(frozen=True, slots=True)
-class _DecodeSide:
+class _DecodeSide(NamedTuple):
     worker: WorkerView
     decode_s: float
     pushed_out: int
     affinity_s: float
+
+
+class Offer(NamedTuple):
+    """A placement not yet written out: many are compared, one is chosen."""
+
+    total_s: float
+    side: _DecodeSide
+    prefill: PrefillCost
+    transfer_s: float
+    disturbs_s: float
+    storage_s: float
+    reason: str
+
+    @property
+    def first_token_s(self) -> float:
+        return self.prefill.queue_s + self.prefill.work_s
+
+    @property
+    def load(self) -> tuple[float, float]:
+        """How busy the workers are: requests where it would decode, tokens where it would prefill."""
+        return requests_on(self.side.worker), self.prefill.worker.queued_tokens
+
+    def placement(self, request: Request) -> Placement:
+        """The offer with its terms."""
+        side, prefill = self.side, self.prefill
+        terms = Terms(
+            queue_s=prefill.queue_s,
+            tier_s=prefill.tier_s,
+            pull_s=prefill.pull_s,
+            compute_s=prefill.compute_s,
+            transfer_s=self.transfer_s,
+            interference_s=self.disturbs_s,
+            decode_s=side.decode_s,
+            storage_s=self.storage_s,
+            affinity_s=side.affinity_s,
+        )
+        return Placement(
+            decode=side.worker,
+            prefill=None if prefill.worker is side.worker else prefill.worker,
+            pull=prefill.pull,
+            compute_tokens=request.prompt_tokens - prefill.cached_tokens,
+            terms=terms,
+            reason=self.reason,
+        )
 
 
 def all_candidates(request: Request, cluster: ClusterView) -> list[Candidate]:
@@ -45,12 +87,14 @@ def all_candidates(request: Request, cluster: ClusterView) -> list[Candidate]:
     Raises:
         Unplaceable: see `ClusterView.decoders`.
     """
-    return candidates(request, cluster, cluster.decoders(request), shortlist=len(cluster.workers))
+    found = offers(request, cluster, cluster.decoders(request), shortlist=len(cluster.workers))
+    placements = [offer.placement(request) for offer in found]
+    return [Candidate(placement, placement.terms.total_s(request.slo)) for placement in placements]
 
 
-def candidates(
+def offers(
     request: Request, cluster: ClusterView, decoders: Sequence[WorkerView], shortlist: int = _SHORTLIST
-) -> list[Candidate]:
+) -> list[Offer]:
     """The placements on `decoders` that are worth comparing, `shortlist` workers of each side at most."""
     sources = pull_sources(request, cluster)
     sides = [_decode_side(worker, request) for worker in decoders]
@@ -62,30 +106,35 @@ def candidates(
 
 
 def _decode_side(worker: WorkerView, request: Request) -> _DecodeSide:
-    stays = worker.worker_id == request.session_worker
-    return _DecodeSide(
-        worker, decode_cost_s(worker, request), pushed_out(worker, request), -_AFFINITY_S if stays else 0.0
-    )
+    affinity_s = -_AFFINITY_S if worker.worker_id == request.session_worker else 0.0
+    return _DecodeSide(worker, decode_cost_s(worker, request), pushed_out(worker, request), affinity_s)
 
 
 def _remote(
     request: Request, sides: Sequence[_DecodeSide], prefills: Sequence[PrefillCost], shortlist: int
-) -> list[Candidate]:
+) -> list[Offer]:
     """Prefilled by one worker, decoded by another that reads what it lacks."""
+    if not prefills:
+        return []
+    waiting = WAITING[request.slo]
+
+    def alone(prefill: PrefillCost) -> tuple[float, int]:
+        own_s = waiting * prefill.queue_s + prefill.work_s + prefill.pushed_out * prefill.block_s
+        return own_s, prefill.worker.queued_tokens
+
+    nearest = min(prefills, key=alone)
+
+    def beside_nearest(side: _DecodeSide) -> tuple[float, int]:
+        read_s = transfer_s(side.worker, nearest.worker, request)
+        stored_s = side.pushed_out * nearest.block_s
+        return read_s + stored_s + side.decode_s + side.affinity_s, requests_on(side.worker)
+
     if len(prefills) > shortlist:
-        prefills = nsmallest(shortlist, prefills, key=lambda p: (p.total_s, p.worker.queued_tokens))
-    if len(sides) > shortlist and prefills:
-        nearest = min(prefills, key=lambda p: p.total_s).worker
-        sides = nsmallest(
-            shortlist,
-            sides,
-            key=lambda side: (
-                transfer_s(side.worker, nearest, request) + side.decode_s + side.affinity_s,
-                requests_on(side.worker),
-            ),
-        )
+        prefills = nsmallest(shortlist, prefills, key=alone)
+    if len(sides) > shortlist:
+        sides = nsmallest(shortlist, sides, key=beside_nearest)
     return [
-        _candidate(request, side, prefill, transfer_s(side.worker, prefill.worker, request), 0.0, "remote")
+        _offer(request, side, prefill, transfer_s(side.worker, prefill.worker, request), 0.0, "remote")
         for side in sides
         for prefill in prefills
     ]
@@ -93,7 +142,7 @@ def _remote(
 
 def _local(
     request: Request, sides: Sequence[_DecodeSide], sources: Sequence[WorkerView], others_prefill: bool
-) -> list[Candidate]:
+) -> list[Offer]:
     """Prefilled where it is decoded.
 
     Prefilling beside decoding requests disturbs more than can be predicted, so where there are prefill
@@ -112,40 +161,24 @@ def _local(
                 continue
             reason = "faster here"
             disturbs_s += max(_CAUTION_S, _CAUTION * prefill.work_s)
-        found.append(_candidate(request, side, prefill, 0.0, disturbs_s, reason))
+        found.append(_offer(request, side, prefill, 0.0, disturbs_s, reason))
     return found
 
 
-def _candidate(
+def _offer(
     request: Request,
     side: _DecodeSide,
     prefill: PrefillCost,
-    transfer_s: float,
+    read_s: float,
     disturbs_s: float,
     reason: str,
-) -> Candidate:
-    prefilling = None if prefill.worker is side.worker else prefill.worker
-    blocks_out = side.pushed_out + (0 if prefilling is None else pushed_out(prefilling, request))
-    terms = Terms(
-        queue_s=prefill.queue_s,
-        tier_s=prefill.tier_s,
-        pull_s=prefill.pull_s,
-        compute_s=prefill.compute_s,
-        transfer_s=transfer_s,
-        interference_s=disturbs_s,
-        decode_s=side.decode_s,
-        storage_s=blocks_out * block_s(prefill.worker, request) if blocks_out else 0.0,
-        affinity_s=side.affinity_s,
-    )
-    placement = Placement(
-        decode=side.worker,
-        prefill=prefilling,
-        pull=prefill.pull,
-        compute_tokens=request.prompt_tokens - prefill.cached_tokens,
-        terms=terms,
-        reason=reason,
-    )
-    return Candidate(placement, terms.total_s(request.slo))
+) -> Offer:
+    """The total is that of `Terms`, added up here because most offers are never written out."""
+    pushed = side.pushed_out + (0 if prefill.worker is side.worker else prefill.pushed_out)
+    storage_s = pushed * prefill.block_s
+    own_s = WAITING[request.slo] * prefill.queue_s + prefill.work_s + read_s + side.decode_s
+    total_s = own_s + disturbs_s + storage_s + side.affinity_s
+    return Offer(total_s, side, prefill, read_s, disturbs_s, storage_s, reason)
 
 
 def plain(decode: WorkerView, prefill: WorkerView | None, request: Request, reason: str) -> Placement:
@@ -154,4 +187,4 @@ def plain(decode: WorkerView, prefill: WorkerView | None, request: Request, reas
     cost = prefill_cost(prefill or decode, request)
     between_s = transfer_s(decode, prefill, request) if prefill is not None else 0.0
     disturbs_s = interference_s(decode, cost) if prefill is None else 0.0
-    return _candidate(request, side, cost, between_s, disturbs_s, reason).placement
+    return _offer(request, side, cost, between_s, disturbs_s, reason).placement(request)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from baton.routing.placement import Candidate, Placement
 from baton.routing.view import Request, WorkerView
 
 T = TypeVar("T")
@@ -23,22 +22,30 @@ def least(rng: Random, items: Sequence[T], key: Callable[[T], Load]) -> T:
     return rng.choice([item for item, value in zip(items, keys, strict=True) if value == smallest])
 
 
-def cheapest(rng: Random, candidates: Sequence[Candidate]) -> Candidate:
-    """A candidate of the least total.
+class Weighed(Protocol):
+    """What `cheapest` compares."""
+
+    @property
+    def total_s(self) -> float: ...
+    @property
+    def first_token_s(self) -> float: ...
+    @property
+    def load(self) -> Load: ...
+
+
+W = TypeVar("W", bound=Weighed)
+
+
+def cheapest(rng: Random, offers: Sequence[W]) -> W:
+    """An offer of the least total.
 
     Predictions are not that exact: totals that exceed the least by 0.1 ms and 1 % of its seconds to the
     first token count as equal, and of those the least loaded is taken. So work spreads even where no
     cost is known.
     """
-    best = min(candidates, key=lambda candidate: candidate.total_s)
-    limit = best.total_s + 0.01 * best.placement.terms.first_token_s + 1e-4
-    near = [candidate for candidate in candidates if candidate.total_s <= limit]
-    return least(rng, near, lambda candidate: load(candidate.placement))
-
-
-def load(placement: Placement) -> tuple[float, float]:
-    """How busy the workers are: requests where it would decode, tokens where it would prefill."""
-    return requests_on(placement.decode), placement.computing.queued_tokens
+    best = min(offers, key=lambda offer: offer.total_s)
+    limit = best.total_s + 0.01 * best.first_token_s + 1e-4
+    return least(rng, [offer for offer in offers if offer.total_s <= limit], lambda offer: offer.load)
 
 
 def requests_on(worker: WorkerView) -> int:

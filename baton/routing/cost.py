@@ -7,9 +7,9 @@ that was not measured predicts 0 s, which leaves the choice to load (see `baton.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from heapq import nlargest
 from math import inf
+from typing import NamedTuple
 
 from baton.routing.placement import PullSource
 from baton.routing.view import ClusterView, Request, WorkerView
@@ -17,7 +17,7 @@ from baton.routing.view import ClusterView, Request, WorkerView
 HANDOFF_S = 0.001
 """Seconds a handoff adds however little it moves: one stream opened, one read started."""
 
-_SOURCES = 4
+_SOURCES = 3
 """Workers considered to pull from: those that hold the most. Those that hold less save less."""
 
 _FORESEEN_STEPS = 64
@@ -25,11 +25,11 @@ _FORESEEN_STEPS = 64
 counting up to max_tokens would let a hypothetical future outweigh the queue that is there now."""
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillCost:
+class PrefillCost(NamedTuple):
     """Prefill of one request on one worker. The seconds are those of `Terms`.
 
-    `cached_tokens` are the leading tokens that need not be computed.
+    `cached_tokens` are the leading tokens that need not be computed, `pushed_out` the cached blocks that go
+    from the worker's pool and `block_s` what each is worth, see `pushed_out` and `block_s`.
     """
 
     worker: WorkerView
@@ -39,10 +39,8 @@ class PrefillCost:
     pull_s: float
     compute_s: float
     pull: PullSource | None
-
-    @property
-    def total_s(self) -> float:
-        return self.queue_s + self.work_s
+    pushed_out: int
+    block_s: float
 
     @property
     def work_s(self) -> float:
@@ -67,6 +65,8 @@ def tier_s(worker: WorkerView, request: Request, first: int, end: int) -> float:
     Infinite when some lie in a tier of unknown bandwidth.
     """
     held = request.held_by_tier(worker.worker_id)
+    if end <= held.device:
+        return 0.0
     host_from, disk_from = held.device, held.device + held.host
     host = max(0, min(end, disk_from) - max(first, host_from))
     disk = max(0, end - max(first, disk_from))
@@ -91,30 +91,41 @@ def prefill_cost(worker: WorkerView, request: Request, sources: Sequence[WorkerV
     `sources` holds.
     """
     held = request.held_by_tier(worker.worker_id)
-    queue_s = worker.backlog_s
-
-    def cost(blocks: int, tiers_s: float, pull_s: float = 0.0, pull: PullSource | None = None) -> PrefillCost:
-        cached_tokens = request.tokens_in(blocks)
-        computing_s = compute_s(worker, request.prompt_tokens, cached_tokens)
-        return PrefillCost(worker, cached_tokens, queue_s, tiers_s, pull_s, computing_s, pull)
-
-    own, best = held.device, cost(held.device, 0.0)
+    prompt_tokens, tokens_in = request.prompt_tokens, request.tokens_in
+    own, tiers_s, pulling_s, pull = held.device, 0.0, 0.0, None
+    cached = tokens_in(own)
+    computing_s = compute_s(worker, prompt_tokens, cached)
+    work_s = computing_s
     if held.total > held.device:
         for blocks in (held.device + held.host, held.total):
-            offer = cost(blocks, tier_s(worker, request, 0, blocks))
-            if offer.work_s < best.work_s:
-                own, best = blocks, offer
-    tiers_s = best.tier_s
+            reading_s = tier_s(worker, request, 0, blocks)
+            left_s = compute_s(worker, prompt_tokens, tokens_in(blocks))
+            if reading_s + left_s < work_s:
+                own, tiers_s, computing_s, work_s = blocks, reading_s, left_s, reading_s + left_s
+                cached = tokens_in(blocks)
     for source in sources:
-        blocks = request.held.get(source.worker_id, 0)
+        blocks = request.held[source.worker_id]
         if blocks <= own or source.worker_id == worker.worker_id:
             continue
         read_s = _seconds((blocks - own) * request.block_bytes, worker.bandwidth_from(source.worker_id))
-        pull_s = HANDOFF_S + read_s + tier_s(source, request, own, blocks)
-        offer = cost(blocks, tiers_s, pull_s, PullSource(source, blocks))
-        if offer.work_s < best.work_s:
-            best = offer
-    return best
+        reading_s = HANDOFF_S + read_s + tier_s(source, request, own, blocks)
+        if tiers_s + reading_s >= work_s:
+            continue
+        left_s = compute_s(worker, prompt_tokens, tokens_in(blocks))
+        if tiers_s + reading_s + left_s < work_s:
+            pulling_s, computing_s, work_s = reading_s, left_s, tiers_s + reading_s + left_s
+            cached, pull = tokens_in(blocks), PullSource(source, blocks)
+    return PrefillCost(
+        worker,
+        cached,
+        worker.backlog_s,
+        tiers_s,
+        pulling_s,
+        computing_s,
+        pull,
+        pushed_out(worker, request),
+        block_s(worker, request),
+    )
 
 
 def pushed_out(worker: WorkerView, request: Request) -> int:

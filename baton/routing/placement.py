@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from baton.routing.view import Slo, WorkerView
 
-_BATCH_WAIT = 0.1
-"""What a second of a batch request's own waiting counts against a second taken from others."""
+WAITING = {"interactive": 1.0, "batch": 0.1}
+"""What a second in a queue counts by the request's class: a batch request hardly minds it and seeks
+what takes least from others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class Terms:
         return self.queue_s + self.tier_s + self.pull_s + self.compute_s
 
     def total_s(self, slo: Slo) -> float:
-        """All of it; a batch request hardly minds its queue and seeks what takes least from others."""
-        queue_s = self.queue_s * (_BATCH_WAIT if slo == "batch" else 1.0)
+        """All of it, the queue weighed by `WAITING`."""
+        queue_s = WAITING[slo] * self.queue_s
         own_s = self.tier_s + self.pull_s + self.compute_s + self.transfer_s + self.decode_s
         return queue_s + own_s + self.interference_s + self.storage_s + self.affinity_s
 

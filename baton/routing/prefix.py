@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from baton.routing.candidates import candidates
+from baton.routing.candidates import offers
 from baton.routing.choice import cheapest, roomy
 from baton.routing.placement import Placement
 from baton.routing.policy import Policy
@@ -23,4 +23,4 @@ class Prefix(Policy):
     def choose(self, request: Request, cluster: ClusterView) -> Placement:
         """The placement of the least total; see `Policy.choose`."""
         decoders = roomy(cluster.decoders(request), request)
-        return cheapest(self._rng, candidates(request, cluster, decoders)).placement
+        return cheapest(self._rng, offers(request, cluster, decoders)).placement(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from random import Random
 
-from baton.routing.candidates import candidates
+from baton.routing.candidates import offers
 from baton.routing.choice import cheapest, least, requests_on, roomy
 from baton.routing.placement import Placement
 from baton.routing.policy import Policy
@@ -29,7 +29,7 @@ class Session(Policy):
             decode = max(decoders, key=lambda worker: _weight(request.session, worker))
         else:
             decode = least(self._rng, roomy(decoders, request), requests_on)
-        return cheapest(self._rng, candidates(request, cluster, [decode])).placement
+        return cheapest(self._rng, offers(request, cluster, [decode])).placement(request)
 
 
 def _weight(session: str, worker: WorkerView) -> bytes:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Literal
 
 from baton.errors import Unavailable
@@ -15,6 +16,7 @@ Slo = Literal["interactive", "batch"]
 """How urgent a request is: somebody waits for the tokens, or nobody does."""
 
 _UNMEASURED_READ_BYTES_PER_S = 1e9
+_NOTHING = TierCounts()
 
 
 class Role(Enum):
@@ -52,9 +54,10 @@ class Curve:
             return 0.0
         if len(points) == 1:
             return self.scale * points[0][1] * size / points[0][0]
-        at = min(max(bisect_left(points, (size, 0.0)), 1), len(points) - 1)
+        at = bisect_left(points, (size, 0.0), 1, len(points) - 1)
         (x0, y0), (x1, y1) = points[at - 1], points[at]
-        return self.scale * max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0))
+        seconds = y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+        return self.scale * seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,11 @@ class WorkerView:
 
         Where none was measured yet, the slowest measured from others; without any, a 10 Gb/s network's.
         """
-        measured = self.read_bytes_per_s
-        return measured.get(worker_id) or min(measured.values(), default=_UNMEASURED_READ_BYTES_PER_S)
+        return self.read_bytes_per_s.get(worker_id) or self._slowest_read
+
+    @cached_property
+    def _slowest_read(self) -> float:
+        return min(self.read_bytes_per_s.values(), default=_UNMEASURED_READ_BYTES_PER_S)
 
 
 @dataclass(frozen=True)
@@ -120,14 +126,18 @@ class Request:
     session: str = ""
     session_worker: str | None = None
 
-    @property
+    @cached_property
     def prompt_blocks(self) -> int:
         """Blocks the prompt fills, the last one in part."""
         return -(-self.prompt_tokens // self.block_size)
 
     def held_by_tier(self, worker_id: str) -> TierCounts:
         """The leading prompt blocks that the worker holds, by tier."""
-        return self.tiers.get(worker_id) or TierCounts(device=self.held.get(worker_id, 0))
+        counts = self.tiers.get(worker_id)
+        if counts is not None:
+            return counts
+        blocks = self.held.get(worker_id, 0)
+        return TierCounts(device=blocks) if blocks else _NOTHING
 
     def tokens_in(self, blocks: int) -> int:
         """Prompt tokens that need no computing with so many leading blocks at hand: not the last one."""
