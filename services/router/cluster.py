@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +13,9 @@ from baton.kv.hashing import KvLayout
 from baton.kv.index import PrefixIndex
 from baton.routing.view import WorkerView
 from baton.rpc.cluster_watch import ClusterWatch, Peer, PeerListener
+from baton.rpc.reservations import SharedReservations
 from baton.rpc.v1 import worker_pb2
+from services.router.promises import Reservations
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class Cluster(Protocol):
     @property
     def index(self) -> PrefixIndex:
         """Who holds which block."""
+
+    @property
+    def reservations(self) -> Reservations:
+        """What the routers have promised."""
 
     async def run(self) -> None:
         """Follow the kvstore until cancelled."""
@@ -57,6 +66,7 @@ class WatchedCluster(PeerListener):
         self._watch = ClusterWatch(kvstore, ttl_s=ttl_s, listener=self, index_max_bytes=index_max_bytes)
         self._workers: dict[str, KnownWorker] = {}
         self.listener: ClusterListener | None = None
+        self._reservations = SharedReservations(kvstore, router_id())
 
     @property
     def workers(self) -> Mapping[str, KnownWorker]:
@@ -65,6 +75,10 @@ class WatchedCluster(PeerListener):
     @property
     def index(self) -> PrefixIndex:
         return self._watch.index
+
+    @property
+    def reservations(self) -> Reservations:
+        return self._reservations
 
     @property
     def connected(self) -> bool:
@@ -76,7 +90,9 @@ class WatchedCluster(PeerListener):
         return self._watch.lag_s
 
     async def run(self) -> None:
-        await self._watch.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch.run())
+            tasks.create_task(self._reservations.run())
 
     def worker_added(self, peer: Peer) -> None:
         self.worker_changed(peer)
@@ -96,6 +112,11 @@ class WatchedCluster(PeerListener):
         if self.listener is not None:
             self.listener.on_gone(peer.view.worker_id)
             self.listener.on_workers()
+
+
+def router_id() -> str:
+    """The name of this process among the routers."""
+    return f"router-{socket.gethostname()}-{os.getpid()}"
 
 
 def _known(peer: Peer) -> KnownWorker:

@@ -50,7 +50,7 @@ class Placer:
         self._cluster = cluster
         self._sessions = sessions
         self._correction = Correction()
-        self._promises = Promises(self._correction.apply)
+        self._promises = Promises(self._correction.apply, cluster.reservations)
         self._conversations: dict[str, str] = {}
 
     def place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 from baton.routing import WorkerView
 from baton.rpc.v1 import worker_pb2
@@ -14,13 +15,15 @@ from baton.rpc.v1 import worker_pb2
 _IN_FLIGHT_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Requests, prompt tokens to compute and blocks to fill."""
 
     requests: int = 0
     queued_tokens: int = 0
     blocks: int = 0
+
+
+_NOTHING = Work()
 
 
 class Promise:
@@ -34,16 +37,27 @@ class Promise:
         self.made_s = made_s
 
 
-class Promises:
-    """The router's promises to all workers, and views of workers with the promises counted in."""
+class Reservations(Protocol):
+    """What routers tell each other of their promises: requests, queued tokens and blocks by worker id."""
 
-    def __init__(self, corrected: Callable[[WorkerView], WorkerView]) -> None:
+    def publish(self, totals: Mapping[str, tuple[int, int, int]]) -> None:
+        """Share what this router has promised in all, which may go on changing."""
+
+    def others(self) -> Mapping[str, tuple[int, int, int]]:
+        """What all other routers together have promised."""
+
+
+class Promises:
+    """The router's promises to all workers, and views of workers with all routers' promises counted in."""
+
+    def __init__(self, corrected: Callable[[WorkerView], WorkerView], shared: Reservations) -> None:
         """`corrected` gives a worker's view with what was learnt of its curves."""
         self._corrected = corrected
+        self._shared = shared
         self._loads: dict[str, worker_pb2.WorkerLoad] = {}
         self._pending: dict[str, dict[Promise, None]] = {}  # oldest first
         self._totals: dict[str, Work] = {}
-        self._views: dict[str, tuple[WorkerView, WorkerView]] = {}
+        self._views: dict[str, tuple[WorkerView, tuple[int, int, int], WorkerView]] = {}
 
     def make(self, worker_id: str, work: Work) -> Promise:
         """Count `work` as the worker's until it is released or reported."""
@@ -80,20 +94,19 @@ class Promises:
     def view(self, registered: WorkerView) -> WorkerView:
         """The worker as it is now, promised work included."""
         worker_id = registered.worker_id
+        theirs = self._shared.others().get(worker_id, _NOTHING)
         cached = self._views.get(worker_id)
         # The registry's views are replaced when they change, never altered.
-        if cached is not None and cached[0] is registered:
-            return cached[1]
-        view = self._compute(self._corrected(registered))
-        self._views[worker_id] = (registered, view)
+        if cached is not None and cached[0] is registered and cached[1] == theirs:
+            return cached[2]
+        mine = self._totals.get(worker_id, _NOTHING)
+        promised = Work(*(one + other for one, other in zip(mine, theirs, strict=True)))
+        view = self._compute(self._corrected(registered), promised)
+        self._views[worker_id] = (registered, theirs, view)
         return view
 
-    def _compute(self, view: WorkerView) -> WorkerView:
+    def _compute(self, view: WorkerView, promised: Work) -> WorkerView:
         load = self._loads.get(view.worker_id)
-        promised = self._totals.get(view.worker_id)
-        if load is None and promised is None:
-            return view
-        promised = promised or Work()
         at = view if load is None else load
         return replace(
             view,
@@ -105,10 +118,11 @@ class Promises:
         )
 
     def _count(self, worker_id: str, work: Work, sign: int) -> None:
-        total = self._totals.get(worker_id, Work())
+        total = self._totals.get(worker_id, _NOTHING)
         self._totals[worker_id] = Work(
             total.requests + sign * work.requests,
             total.queued_tokens + sign * work.queued_tokens,
             total.blocks + sign * work.blocks,
         )
+        self._shared.publish(self._totals)
         self.outdated(worker_id)

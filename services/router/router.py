@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
-import socket
 
 from baton.config import Settings
 from baton.routing import Policy, Unplaceable, create_policy
@@ -15,7 +13,7 @@ from baton.rpc.v1 import inference_pb2_grpc, worker_pb2
 from services.router.admission import Door
 from services.router.app import App
 from services.router.caller import Callers
-from services.router.cluster import Cluster
+from services.router.cluster import Cluster, router_id
 from services.router.frontend import Frontend
 from services.router.grpc_front import InferenceService
 from services.router.http_server import HttpServer, listen
@@ -44,8 +42,7 @@ class Router:
         self.metrics = Metrics(self.model.name)
         self._cluster = cluster
         self._changes = ClusterChanges()
-        router_id = f"router-{socket.gethostname()}-{os.getpid()}"
-        self.sessions = SessionPool(router_id, self.on_load, self._changes.notify)
+        self.sessions = SessionPool(router_id(), self.on_load, self._changes.notify)
         policy: Policy = create_policy(self._settings.policy, random.Random())
         self._placer = Placer(policy, cluster, self.sessions)
         self._door = Door(self._settings, self._placer, self.metrics)

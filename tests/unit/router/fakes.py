@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -149,12 +149,27 @@ def logprobs(token: int, top: int) -> inference_pb2.PositionLogprobs:
     )
 
 
+@dataclass
+class FakeReservations:
+    """What other routers have promised, as a test says; `mine` is what was published."""
+
+    theirs: dict[str, tuple[int, int, int]]
+    mine: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    def publish(self, totals: Mapping[str, tuple[int, int, int]]) -> None:
+        self.mine = totals
+
+    def others(self) -> Mapping[str, tuple[int, int, int]]:
+        return self.theirs
+
+
 @dataclass(frozen=True)
 class FakeCluster:
     """A registry that never changes by itself."""
 
     workers: Mapping[str, KnownWorker]
     index: PrefixIndex
+    reservations: FakeReservations = field(default_factory=lambda: FakeReservations({}))
 
     async def run(self) -> None:
         await asyncio.Event().wait()

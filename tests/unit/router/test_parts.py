@@ -144,6 +144,20 @@ def test_the_prefix_decides_and_a_salt_keeps_tenants_apart() -> None:
     assert not other.held
 
 
+def test_other_routers_promises_count_and_ones_own_are_told() -> None:
+    place, cluster = placer("least-loaded", known("a", "x:1"), known("b", "x:2"))
+    cluster.reservations.theirs["a"] = (3, 480, 30)
+    hold = place.place(generation(160), [], frozenset())
+    assert hold.placement.decode.worker_id == "b"
+    assert cluster.reservations.mine == {"b": (1, 160, 10)}
+    hold.release()
+    assert cluster.reservations.mine == {"b": (0, 0, 0)}
+    cluster.reservations.theirs.clear()
+    cluster.reservations.theirs["b"] = (1, 1, 1)
+    again = place.place(generation(160), [], frozenset()).placement.decode
+    assert (again.worker_id, again.waiting) == ("a", 0)
+
+
 def test_a_conversation_is_followed_to_its_worker() -> None:
     place, _ = placer("prefix", *(known(name, "x:1") for name in "abcdefgh"))
     first = place.place(generation(160, session="s"), [], frozenset()).placement.decode.worker_id
