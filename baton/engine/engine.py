@@ -10,17 +10,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from baton.engine.reservations import Pinned, Reservation, Reservations
 from baton.engine.sampler import Sampled
+from baton.engine.scheduler import Load as TierLoad
 from baton.engine.scheduler import Scheduled, Scheduler
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import State, Work
-from baton.kv.events import Event
+from baton.kv.events import Event, Tier
+from baton.kv.lower import Held, Spill
 from baton.sampling import FinishReason, PositionLogprobs
 
 log = logging.getLogger(__name__)
@@ -61,6 +65,8 @@ class Load:
     free_blocks: int
     cached_blocks: int
     pinned_blocks: int
+    host_blocks: int = 0
+    disk_blocks: int = 0
 
 
 class StepRunner(Protocol):
@@ -75,6 +81,16 @@ class StepResult(Protocol):
 
     @property
     def prompt_logprobs(self) -> list[PositionLogprobs]: ...
+
+
+class TierMover(Protocol):
+    """What moves blocks between tiers on threads of its own; see `baton.tiers.store.TierStore`."""
+
+    def fetch(
+        self, held: Sequence[Held], blocks: Sequence[int], done: Callable[[Sequence[str]], None]
+    ) -> None: ...
+
+    def spill(self, spills: Sequence[Spill], done: Callable[[Spill, bool], None]) -> None: ...
 
 
 class Observer(Protocol):
@@ -103,6 +119,9 @@ class Engine:
     runner: StepRunner
     observer: Observer
     stop_rule: Stop
+    mover: TierMover | None = None
+    tier_misses: Counter[tuple[Tier, str]] = field(default_factory=Counter, init=False)
+    fetched_blocks: Counter[Tier] = field(default_factory=Counter, init=False)
     steps: int = field(default=0, init=False)
     computed_tokens: int = field(default=0, init=False)
     _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
@@ -144,7 +163,7 @@ class Engine:
         Also how a reader's lease on finished prefill work ends. Nothing happens if it is finished.
         """
         with self._changed:
-            if choice.in_flight:
+            if choice.in_flight or choice.state is State.LOADING:
                 choice.cancelled = True
             elif choice.state is not State.FINISHED:
                 self.scheduler.release(choice)
@@ -172,7 +191,7 @@ class Engine:
         with self._changed:
             self._reservations.hand_over(reservation)
             self.scheduler.adopt(choice, reservation.blocks, reservation.held)
-            self._publish_index()
+            self._move([])
             self._changed.notify()
 
     def drop(self, reservation: Reservation) -> None:
@@ -186,6 +205,16 @@ class Engine:
         with self._changed:
             return self._reservations.pin(chain)
 
+    def pin_all(self, chain: Sequence[bytes]) -> Future[Pinned]:
+        """As `pin`, after bringing up what of the chain lies in lower tiers, as far as there is room.
+
+        The future always comes to a result and cannot be cancelled: `unpin` it.
+        """
+        with self._changed:
+            done, load = self._reservations.pin_all(chain)
+            self._move([] if load is None else [load])
+            return done
+
     def extend(self, pinned: Pinned, count: int) -> bool:
         """Add `count` private blocks to read into; False, and none added, when that would mean waiting."""
         with self._changed:
@@ -195,7 +224,7 @@ class Engine:
         """Let every request use the pinned blocks, which now hold the KV of `chain`'s blocks."""
         with self._changed:
             self._reservations.share(pinned, chain)
-            self._publish_index()
+            self._move([])
 
     def unpin(self, pinned: Pinned) -> None:
         """Let the blocks go. Nobody may read them or write to them any more."""
@@ -210,18 +239,20 @@ class Engine:
             scheduler, pool = self.scheduler, self.scheduler.pool
             return Load(
                 running=len(scheduler.running),
-                waiting=len(scheduler.waiting) + self._reservations.waiting,
+                waiting=len(scheduler.waiting) + len(scheduler.loading) + self._reservations.waiting,
                 queued_tokens=scheduler.queued_tokens,
                 total_blocks=pool.total_blocks,
                 free_blocks=pool.available,
                 cached_blocks=pool.cached,
                 pinned_blocks=pool.pinned,
+                host_blocks=pool.lower.count(Tier.HOST) if pool.lower else 0,
+                disk_blocks=pool.lower.count(Tier.DISK) if pool.lower else 0,
             )
 
-    def shared_ids(self) -> list[bytes]:
-        """Identities of all shareable blocks held, parents first."""
+    def held_ids(self) -> dict[Tier, list[bytes]]:
+        """Identities of all shareable blocks held, by tier, parents first."""
         with self._changed:
-            return self.scheduler.pool.shared_ids()
+            return self.scheduler.pool.held_ids()
 
     # ---- the loop -----------------------------------------------------------------------------
 
@@ -238,11 +269,12 @@ class Engine:
         with self._changed:
             while not self._stopping:
                 self.scheduler.admits = not self._reservations.waiting
-                if batch := self.scheduler.schedule():
+                batch = self.scheduler.schedule()
+                self._move(self.scheduler.take_loads())
+                if batch:
                     now = time.monotonic()
                     for item in batch:
                         item.sequence.first_scheduled_s = item.sequence.first_scheduled_s or now
-                    self._publish_index()
                     early = [Output(s, ready=r) for s in _choices(batch) if (r := _newly_ready(s))]
                     break
                 self._changed.wait()
@@ -278,8 +310,8 @@ class Engine:
                     outputs.append(self._token(choice, result.sampled))
                 elif ready := _newly_ready(choice):
                     outputs.append(Output(choice, ready=ready))
-            self._publish_index()
             self._reservations.grant()
+            self._move([])
         return outputs
 
     def _token(self, choice: Choice, sampled: Sampled) -> Output:
@@ -328,6 +360,43 @@ class Engine:
                     self.scheduler.release(choice)
             self._reservations.grant()
         return [Output(item.sequence, error=error) for item in batch if not item.sequence.cancelled]
+
+    # ---- tiers --------------------------------------------------------------------------------
+
+    def _move(self, loads: Sequence[TierLoad]) -> None:
+        """Start what is to move between tiers now, and publish what has changed."""
+        if self.mover is not None:
+            for load in loads:
+                self.mover.fetch(load.held, load.blocks, partial(self._loaded, load))
+            lower = self.scheduler.pool.lower
+            if lower is not None and (spills := lower.spills()):
+                self.mover.spill(spills, self._spilled)
+        self._publish_index()
+
+    def _loaded(self, load: TierLoad, reasons: Sequence[str]) -> None:
+        pool = self.scheduler.pool
+        with self._changed:
+            good = next((at for at, reason in enumerate(reasons) if reason), len(reasons))
+            load.loaded(good)
+            for held, reason in zip(load.held, reasons, strict=True):
+                if reason:
+                    self.tier_misses[held.tier, reason] += 1
+                    pool.lose(held)
+                else:
+                    self.fetched_blocks[held.tier] += 1
+                    pool.let_go([held])
+            self._move([])
+            self._reservations.grant()
+            self._changed.notify()
+
+    def _spilled(self, spill: Spill, ok: bool) -> None:
+        with self._changed:
+            lower = self.scheduler.pool.lower
+            if lower is not None:
+                lower.spilled(spill, ok=ok)
+            if not ok:
+                self.tier_misses[Tier.DISK, "write_error"] += 1
+            self._move([])
 
     def _publish_index(self) -> None:
         if events := self.scheduler.pool.take_events():

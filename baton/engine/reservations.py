@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from baton.engine.scheduler import Scheduler
+from baton.engine.scheduler import Load, Scheduler
 from baton.errors import HandoffFailed
 from baton.kv.pool import NoFreeBlocks
 
@@ -104,6 +104,27 @@ class Reservations:
         self._pinned.add(pinned)
         return pinned
 
+    def pin_all(self, chain: Sequence[bytes]) -> tuple[Future[Pinned], Load | None]:
+        """See `Engine.pin_all`; the caller carries out the load, if there is one."""
+        pool, done = self._scheduler.pool, Future[Pinned]()
+        done.set_running_or_notify_cancel()  # the blocks must come to somebody who lets them go
+        pinned = self.pin(chain)
+        start = pinned.held
+        below = min(pool.match_below(chain, start), pool.available)
+        held = pool.hold_below(chain[start : start + below])
+        if not held or not self.extend(pinned, below):
+            pool.let_go(held)
+            done.set_result(pinned)
+            return done, None
+
+        def loaded(good: int) -> None:
+            pool.release(pinned.blocks[start + good :])
+            del pinned.blocks[start + good :]
+            self.share(pinned, chain)
+            done.set_result(pinned)
+
+        return done, Load(held, pinned.blocks[start:], loaded)
+
     def extend(self, pinned: Pinned, count: int) -> bool:
         """Add private blocks, if that many can be had at once and nobody waits for blocks."""
         if self._asking:
@@ -140,12 +161,14 @@ class Reservations:
 
     def _room_to_decode(self) -> bool:
         reading = sum(r.granted is not None and r.granted.done() for r in self._reservations)
-        return len(self._scheduler.running) + reading < self._scheduler.limits.max_batch_requests
+        active = len(self._scheduler.running) + len(self._scheduler.loading)
+        return active + reading < self._scheduler.limits.max_batch_requests
 
     def _is_stuck(self) -> bool:
         """Whether nobody but waiting reservations has blocks that could become free."""
         granted = any(r.granted is not None and r.granted.done() for r in self._reservations)
-        busy = self._scheduler.running or self._scheduler.holding or self._pinned
+        scheduler = self._scheduler
+        busy = scheduler.running or scheduler.loading or scheduler.holding or self._pinned
         return not busy and not granted
 
     def _lose_one(self) -> None:

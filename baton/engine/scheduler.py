@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from functools import partial
 
 from baton.engine.sequence import Sequence, State, Work, longest_reusable
 from baton.errors import Overloaded, PoolTooSmall
+from baton.kv.lower import Held
 from baton.kv.pool import BlockPool, NoFreeBlocks
 
 
@@ -33,6 +36,16 @@ class Scheduled:
         return self.query_len == self.sequence.remaining
 
 
+@dataclass(frozen=True)
+class Load:
+    """Blocks to bring up from lower tiers into `blocks`, for whom `loaded` is then called with how many of
+    them, from the first, are good."""
+
+    held: Sequence_[Held]
+    blocks: Sequence_[int]
+    loaded: Callable[[int], None]
+
+
 class Scheduler:
     """Continuous batching with chunked prefill over one block pool. Pure state, no clock, no tensors.
 
@@ -48,6 +61,8 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.loading: set[Sequence] = set()
+        self._loads: list[Load] = []
         self.holding: set[Sequence] = set()
         self.preemptions = 0
         self.admits = True
@@ -56,7 +71,8 @@ class Scheduler:
     def queued_tokens(self) -> int:
         """Prompt tokens promised and not yet computed."""
         waiting = sum(len(sequence.tokens) for sequence in self.waiting)
-        return waiting + sum(s.remaining for s in self.running if s.remaining > 1)
+        loading = sum(sequence.remaining for sequence in self.loading)
+        return waiting + loading + sum(s.remaining for s in self.running if s.remaining > 1)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -113,12 +129,17 @@ class Scheduler:
                 batch.append(Scheduled(sequence, take))
                 budget -= take
         while (
-            self.admits and budget > 0 and self.waiting and len(self.running) < self.limits.max_batch_requests
+            self.admits
+            and budget > 0
+            and self.waiting
+            and len(self.running) + len(self.loading) < self.limits.max_batch_requests
         ):
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
             self.waiting.popleft()
+            if sequence.state is State.LOADING:
+                continue
             take = min(sequence.remaining, budget)
             batch.append(Scheduled(sequence, take))
             budget -= take
@@ -140,13 +161,15 @@ class Scheduler:
         self.holding.add(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Take a sequence out and free its blocks; it must not be in flight."""
+        """Take a sequence out and free its blocks; nothing may be computed into or loaded into them."""
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         elif sequence.state is State.RUNNING:
             self.running.remove(sequence)
         elif sequence.state is State.HOLDING:
             self.holding.remove(sequence)
+        elif sequence.state is State.LOADING:
+            self.loading.remove(sequence)
         self._free_blocks(sequence)
         sequence.state = State.FINISHED
 
@@ -154,29 +177,59 @@ class Scheduler:
         """Every sequence that is not finished."""
         yield from self.waiting
         yield from self.running
+        yield from self.loading
         yield from self.holding
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence what the cache holds of it and private blocks for the rest."""
-        reusable = 0
+        reusable = below = 0
         if not sequence.wants_prompt_logprobs:
             chain = sequence.chain(longest_reusable(sequence.tokens, sequence.block_size))
             reusable = self.pool.match(chain)
+            below = self.pool.match_below(chain, reusable)
         blocks = self.pool.acquire(sequence.chain(reusable))
+        # Making room for what comes up must not push it out.
+        held = self.pool.hold_below(sequence.chain(reusable + below)[reusable:])
         try:
             blocks += self.pool.allocate(sequence.blocks_for(len(sequence.tokens)) - reusable)
         except NoFreeBlocks:
+            self.pool.let_go(held)
             self.pool.release(blocks)
             return False
         sequence.blocks, sequence.shared = blocks, reusable
         sequence.computed = reusable * sequence.block_size
+        if held:
+            sequence.state = State.LOADING
+            self.loading.add(sequence)
+            loading = blocks[reusable : reusable + below]
+            self._loads.append(Load(held, loading, partial(self._loaded, sequence)))
+        else:
+            self._begin(sequence)
+        return True
+
+    def take_loads(self) -> list[Load]:
+        """Loads that `schedule` asked for since the last call; the caller carries them out."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def _loaded(self, sequence: Sequence, good: int) -> None:
+        """The first `good` of the blocks being brought up hold their KV; the rest is computed."""
+        sequence.computed += good * sequence.block_size
+        self._share_full_blocks(sequence)
+        if sequence.cancelled:
+            self.release(sequence)
+            return
+        self.loading.remove(sequence)
+        self._begin(sequence)
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Run a sequence; what it has now is what the cache gave it."""
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
-            used = range(sequence.pulled.start, min(sequence.pulled.stop, reusable))
+            used = range(sequence.pulled.start, min(sequence.pulled.stop, sequence.shared))
             sequence.pulled_tokens = len(used) * sequence.block_size
         sequence.state = State.RUNNING
         self.running.append(sequence)
-        return True
 
     def _grow(self, sequence: Sequence, batch: list[Scheduled]) -> bool:
         """Give a decoding sequence the block of its next token; False if it was itself preempted."""

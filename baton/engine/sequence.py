@@ -19,6 +19,7 @@ class Work(Enum):
 
 class State(Enum):
     WAITING = auto()  # owns no blocks
+    LOADING = auto()  # owns the blocks of its context; the first of them are being brought up
     RUNNING = auto()  # owns the blocks of every token it has computed
     HOLDING = auto()  # finished prefill work: blocks pinned until the reader releases them
     FINISHED = auto()  # owns no blocks

@@ -3,7 +3,7 @@
 Blocks are numbers; the bytes live elsewhere. A block is *private* (one owner, no identity), *shared*
 (it has an identity in the prefix tree) or free. A shared block that nobody references stays in the
 tree until its place is needed, and goes leaf first, least recently used first: if the pool holds a
-block of a chain it holds every block before it.
+block of a chain it holds every block before it. With tiers below (`baton.kv.lower`) it goes there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 
-from baton.kv.events import Event, Removed, Stored
+from baton.kv.changes import Changes
+from baton.kv.events import Event, Tier
+from baton.kv.lower import Held, LowerTiers
 
 
 class NoFreeBlocks(Exception):
@@ -41,6 +41,7 @@ class BlockPool:
     """
 
     total_blocks: int
+    lower: LowerTiers | None = field(default=None, init=False)
     _free: list[int] = field(init=False)
     _nodes: dict[bytes, _Node] = field(init=False, default_factory=dict)
     _shared: dict[int, _Node] = field(init=False, default_factory=dict)
@@ -48,7 +49,7 @@ class BlockPool:
     _offers: int = field(init=False, default=0)
     _unreferenced: int = field(init=False, default=0)
     _clock: int = field(init=False, default=0)
-    _changes: list[tuple[bool, bytes]] = field(init=False, default_factory=list)
+    _changes: Changes = field(init=False, default_factory=Changes)
 
     def __post_init__(self) -> None:
         self._free = list(range(self.total_blocks - 1, -1, -1))
@@ -91,8 +92,11 @@ class BlockPool:
         """
         if count > self.available:
             raise NoFreeBlocks(f"{count} KV blocks wanted, {self.available} of {self.total_blocks} available")
-        while len(self._free) < count:
-            self._evict_one()
+        if len(self._free) < count:
+            while len(self._free) < count:
+                self._evict_one()
+            if self.lower is not None:
+                self.lower.sink.settle()
         return [self._free.pop() for _ in range(count)]
 
     def share(self, block: int, block_id: bytes, parent_id: bytes | None) -> int:
@@ -112,7 +116,9 @@ class BlockPool:
         node = _Node(block_id, block, parent, references=1, last_used=self._clock)
         self._nodes[block_id] = node
         self._shared[block] = node
-        self._changes.append((True, block_id))
+        if self.lower is not None:
+            self.lower.supersede(block_id)
+        self._changes.stored(Tier.DEVICE, block_id)
         return block
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -130,24 +136,42 @@ class BlockPool:
                 if node.children == 0:
                     self._offer(node)
 
-    def clear(self) -> None:
-        """Forget every unreferenced shared block."""
-        while self._unreferenced:
-            self._evict_one()
+    def put_below(self, lower: LowerTiers) -> None:
+        """Let evicted blocks go to `lower` from now on; the pool must not have shared any yet."""
+        self.lower, self._changes = lower, lower.changes
 
-    def shared_ids(self) -> list[bytes]:
-        """Identities of all blocks in the tree, parents before children."""
-        return list(self._nodes)
+    def match_below(self, chain: Sequence[bytes], start: int) -> int:
+        """How many blocks of `chain` after the first `start`, which the pool holds, lie in lower tiers."""
+        return 0 if self.lower is None else self.lower.match(chain, start)
+
+    def hold_below(self, chain: Sequence[bytes]) -> list[Held]:
+        """Keep blocks that lie in lower tiers in place, to bring them up (see `LowerTiers.hold`)."""
+        return [] if self.lower is None else self.lower.hold(chain)
+
+    def let_go(self, held: Sequence[Held]) -> None:
+        """End `hold_below` of blocks that are still readable."""
+        for one in held:
+            self._lower().let_go(one)
+
+    def lose(self, held: Held) -> None:
+        """End `hold_below` of a block that could not be read."""
+        self._lower().let_go(held, lost=True)
+
+    def held_ids(self) -> dict[Tier, list[bytes]]:
+        """Identities of all blocks held, by tier, parents before children."""
+        held = {Tier.DEVICE: list(self._nodes)}
+        if self.lower is not None:
+            held |= {tier: self.lower.ids(tier) for tier in (Tier.HOST, Tier.DISK)}
+        return held
 
     def take_events(self) -> list[Event]:
-        """What was stored and removed since the last call, in order."""
-        changes, self._changes = self._changes, []
-        return [
-            Stored(tuple(block_id for _, block_id in run))
-            if stored
-            else Removed(tuple(block_id for _, block_id in run))
-            for stored, run in groupby(changes, key=itemgetter(0))
-        ]
+        """What was stored and removed since the last call."""
+        return self._changes.take()
+
+    def _lower(self) -> LowerTiers:
+        if self.lower is None:
+            raise ValueError("the pool has no lower tiers")
+        return self.lower
 
     def _reference(self, node: _Node) -> int:
         if node.references == 0:
@@ -184,7 +208,10 @@ class BlockPool:
         del self._shared[node.block]
         self._unreferenced -= 1
         self._free.append(node.block)
-        self._changes.append((False, node.block_id))
+        if self.lower is not None:
+            parent_id = None if node.parent is None else node.parent.block_id
+            self.lower.take(node.block_id, parent_id, node.block)
+        self._changes.removed(Tier.DEVICE, node.block_id)
         if node.parent is not None:
             node.parent.children -= 1
             if node.parent.children == 0 and node.parent.references == 0:

@@ -187,8 +187,8 @@ class Transfer(ABC):
 
     @abstractmethod
     async def warm_up(self, agent_name: str, timeout_s: float) -> ReadReport:
-        """Really read one block from the peer, into no block of ours, so that the first request does not
-        pay for setting the connection up.
+        """Really read from the peer, into no block of ours, so that the first request does not pay for
+        setting the connection up: one block for that, then up to `WARM_UP_BYTES`, which are reported.
 
         Raises:
             HandoffFailed: as `read`.
@@ -222,6 +222,9 @@ class Transfer(ABC):
         Peers that are reading get an error or the bytes; both are safe while the pool stays allocated.
         """
 
+
+WARM_UP_BYTES = 4 * 1024 * 1024
+"""What a warm-up reads to see how fast the connection is: about a millisecond over shared memory."""
 
 DRAIN_S = 2.0
 """Seconds a read that ends early waits for bytes already asked for, before the connection is torn down."""

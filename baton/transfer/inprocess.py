@@ -12,6 +12,7 @@ import torch
 from baton.errors import HandoffFailed
 from baton.kv.hashing import KvLayout
 from baton.transfer.base import (
+    WARM_UP_BYTES,
     Pool,
     PoolDescription,
     ReadReport,
@@ -64,8 +65,8 @@ class InProcessTransfer(Transfer):
     async def warm_up(self, agent_name: str, timeout_s: float) -> ReadReport:
         started = time.monotonic()
         pool, _ = self._source(agent_name)
-        pool.storage[0].clone()
-        return ReadReport(pool.layout.block_bytes, time.monotonic() - started)
+        blocks = pool.storage[: max(1, WARM_UP_BYTES // pool.layout.block_bytes)].clone()
+        return ReadReport(blocks.nbytes, time.monotonic() - started)
 
     async def read(
         self,

@@ -56,10 +56,14 @@ class NixlTransfer(Transfer):
         await self._reader.remove_peer(agent_name)
 
     async def warm_up(self, agent_name: str, timeout_s: float) -> ReadReport:
-        def plan(peer: PoolDescription) -> list[Chunk]:
-            return chunks_of([0], [0], peer.layout.block_bytes, peer.side, self._reader.scratch)
+        def plan(peer: PoolDescription, most: int) -> list[Chunk]:
+            blocks = range(min(most, peer.total_blocks))
+            return chunks_of(blocks, blocks, peer.layout.block_bytes, peer.side, self._reader.scratch)
 
-        return await self._reader.read(agent_name, plan, timeout_s)
+        await self._reader.read(agent_name, lambda peer: plan(peer, 1), timeout_s)
+        return await self._reader.read(
+            agent_name, lambda peer: plan(peer, self._reader.scratch_blocks), timeout_s
+        )
 
     async def read(
         self,

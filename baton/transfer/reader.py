@@ -24,6 +24,7 @@ from baton.errors import HandoffFailed
 from baton.transfer.agent import Agent, Handle
 from baton.transfer.base import (
     DRAIN_S,
+    WARM_UP_BYTES,
     Pool,
     PoolDescription,
     ReadReport,
@@ -88,7 +89,10 @@ class Reader:
         self._name = name
         self._pool = pool
         # Warm-up reads land here: registered like the pool, and nobody's block.
-        self._scratch = torch.empty(pool.layout.block_bytes, dtype=torch.uint8, device=pool.storage.device)
+        self.scratch_blocks = max(1, WARM_UP_BYTES // pool.layout.block_bytes)
+        self._scratch = torch.empty(
+            self.scratch_blocks * pool.layout.block_bytes, dtype=torch.uint8, device=pool.storage.device
+        )
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._agent: Agent | None = None
         self._generation = 0
@@ -102,7 +106,7 @@ class Reader:
 
     @property
     def scratch(self) -> Side:
-        """Where warm-up reads land: room for one block."""
+        """Where warm-up reads land: room for `scratch_blocks` blocks."""
         return side_of(self._scratch)
 
     # ---- called from the loop

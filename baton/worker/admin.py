@@ -40,7 +40,7 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
             incarnation=state.incarnation,
             role=ROLE_NUMBERS[state.role],
             draining=state.draining,
-            load=load_to(load),
+            load=load_to(load, state.layout.block_bytes),
             layout=layout_to_proto(state.layout),
             sessions=state.sessions,
             handoffs_serving=state.handoffs_serving,

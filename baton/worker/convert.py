@@ -162,7 +162,7 @@ def _local_kind(output: Output) -> worker_pb2.PrefillReport.Kind.ValueType:
     return worker_pb2.PrefillReport.LOCAL
 
 
-def load_to(load: Load) -> worker_pb2.WorkerLoad:
+def load_to(load: Load, block_bytes: int) -> worker_pb2.WorkerLoad:
     return worker_pb2.WorkerLoad(
         running=load.running,
         waiting=load.waiting,
@@ -170,6 +170,8 @@ def load_to(load: Load) -> worker_pb2.WorkerLoad:
         total_blocks=load.total_blocks,
         free_blocks=load.free_blocks,
         cached_blocks=load.cached_blocks,
+        host_bytes=load.host_blocks * block_bytes,
+        disk_bytes=load.disk_blocks * block_bytes,
     )
 
 

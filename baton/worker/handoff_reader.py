@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -48,9 +48,9 @@ class HandoffReader:
             HandoffFailed: nothing was kept; the token may have been sent.
         """
         state = self._state
-        state.handoffs_reading += 1
         chain = choice.chain(longest_reusable(choice.tokens, choice.block_size))
-        reservation = state.engine.pin_prefix([] if choice.wants_prompt_logprobs else chain)
+        reservation = await self._pin_prefix([] if choice.wants_prompt_logprobs else chain)
+        state.handoffs_reading += 1
         outcome = "cancelled"
         try:
             peer = await self._peers.get(start.prefill_address, start.prefill_incarnation)
@@ -69,6 +69,16 @@ class HandoffReader:
             HANDOFFS.labels(outcome).inc()
             if choice not in self._complete:
                 state.engine.drop(reservation)
+
+    async def _pin_prefix(self, chain: Sequence[bytes]) -> Reservation:
+        """Pin what this worker holds of the chain, after bringing it up from lower tiers."""
+        engine = self._state.engine
+        pinning = engine.pin_all(chain)
+        try:
+            await asyncio.wrap_future(pinning)
+            return engine.pin_prefix(chain)
+        finally:
+            pinning.add_done_callback(lambda done: engine.unpin(done.result()))
 
     def adopt(self, choice: Choice) -> None:
         """Start decoding a choice whose `read` completed."""

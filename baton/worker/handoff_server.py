@@ -92,8 +92,9 @@ class KvService(worker_pb2_grpc.KvServicer):
         chain = extend_chain(
             state.layout.root(begin.cache_salt), begin.prompt_token_ids, state.layout.block_size
         )
-        pinned = state.engine.pin(chain[: begin.pull_blocks])
+        pinning = state.engine.pin_all(chain[: begin.pull_blocks])
         try:
+            pinned = await asyncio.wrap_future(pinning)
             if pinned.held <= begin.held_blocks:
                 await context.abort(
                     grpc.StatusCode.NOT_FOUND, "no more blocks of this prefix are cached here"
@@ -104,7 +105,7 @@ class KvService(worker_pb2_grpc.KvServicer):
             await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
             await _release(requests, context)
         finally:
-            state.engine.unpin(pinned)
+            pinning.add_done_callback(lambda done: state.engine.unpin(done.result()))
 
     def _check(self, begin: worker_pb2.Begin) -> None:
         state = self._state

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from prometheus_client import REGISTRY, start_http_server
 
-from baton.attention.base import AttentionBackend
+from baton.attention.base import AttentionBackend, KvCache
 from baton.attention.select import block_bytes, create_backend, preferred_block_size
-from baton.config import Settings
+from baton.config import EngineSettings, Settings
 from baton.engine.curves import measure_decode, measure_prefill
 from baton.engine.engine import Engine, Stop
 from baton.engine.runner import Runner
 from baton.engine.scheduler import Limits, Scheduler
 from baton.errors import BatonError, HandoffFailed
-from baton.kv.events import Event, Stored
+from baton.kv.events import Event, Stored, Tier
+from baton.kv.lower import LowerTiers
 from baton.kv.pool import BlockPool
 from baton.machine import usable_cores
 from baton.model_folder import model_folder
@@ -34,6 +35,8 @@ from baton.rpc.registry_watch import Peer as KnownWorker
 from baton.rpc.registry_watch import PeerListener, RegistryWatch
 from baton.rpc.server import Server
 from baton.rpc.v1 import kvstore_pb2, worker_pb2_grpc
+from baton.tiers.disk import BlockFile
+from baton.tiers.store import TierStore
 from baton.transfer import create_transfer
 from baton.transfer.wire import layout_to_proto
 from baton.worker.admin import ROLE_NUMBERS, AdminService, drain
@@ -64,6 +67,8 @@ class Loaded:
     runner: Runner
     prefill_curve: dict[int, float]
     decode_curve: dict[int, float]
+    tiers: TierStore | None
+    tier_rates: dict[Tier, float]
 
 
 def load(settings: Settings) -> Loaded:
@@ -98,7 +103,35 @@ def load(settings: Settings) -> Loaded:
         runner, pool, block_size, [s for s in DECODE_SIZES if s <= chosen.max_batch_requests]
     )
     limits = Limits(chosen.max_batch_tokens, chosen.max_batch_requests, chosen.max_waiting)
-    return Loaded(model, attention, Scheduler(pool, limits), runner, prefill, decode)
+    tiers, rates = _add_tiers(chosen, pool, attention.cache)
+    return Loaded(model, attention, Scheduler(pool, limits), runner, prefill, decode, tiers, rates)
+
+
+def _add_tiers(
+    chosen: EngineSettings, pool: BlockPool, cache: KvCache
+) -> tuple[TierStore | None, dict[Tier, float]]:
+    """Put the tiers that the settings ask for below the pool, and measure how fast blocks come up.
+
+    Raises:
+        BatonError: the settings do not fit each other, or there is no room.
+    """
+    block_bytes = cache.layout.block_bytes
+    host_slots, disk_slots = chosen.kv_host_bytes // block_bytes, chosen.kv_disk_bytes // block_bytes
+    if bool(disk_slots) != bool(chosen.kv_disk_path):
+        raise BatonError(
+            f"--kv-disk-path and --kv-disk-bytes (at least {block_bytes}, one block) go together"
+        )
+    if disk_slots and not host_slots:
+        raise BatonError("blocks reach the disk through host memory: --kv-disk-bytes needs --kv-host-bytes")
+    if not host_slots:
+        return None, {}
+    disk = BlockFile(Path(chosen.kv_disk_path), disk_slots, block_bytes) if disk_slots else None
+    store = TierStore(cache.storage, host_slots, disk)
+    blocks = pool.allocate(min(pool.total_blocks, disk_slots or host_slots))
+    rates = store.measure(blocks)
+    pool.release(blocks)
+    pool.put_below(LowerTiers(host_slots, disk_slots, store))
+    return store, rates
 
 
 async def run_worker(settings: Settings) -> None:
@@ -160,11 +193,14 @@ class Worker:
         stack.callback(transfer.close)
         dispatch = Dispatch(asyncio.get_running_loop())
         max_model_len = min(model.config.max_model_len, cache.total_blocks * cache.layout.block_size)
+        if loaded.tiers is not None:
+            stack.callback(loaded.tiers.close)
         engine = Engine(
             loaded.scheduler,
             loaded.runner,
             dispatch,
             Stop(frozenset(model.config.eos_token_ids), max_model_len),
+            loaded.tiers,
         )
         stack.callback(engine.stop)
         state = WorkerState(
@@ -186,7 +222,7 @@ class Worker:
         stack.push_async_callback(peers.close)
 
         async def snapshot() -> Sequence[Event]:
-            return [Stored(engine.shared_ids())]
+            return [Stored(ids, tier) for tier, ids in engine.held_ids().items() if ids]
 
         description = _describe(state, loaded, f"{chosen.worker_host}:{port}", settings.model.device)
         membership = WorkerMembership(settings.kvstore.kvstore, description, snapshot)
@@ -251,13 +287,17 @@ class Worker:
                 task.cancel()
 
     async def _report(self) -> None:
-        """Keep the registry current with the load."""
+        """Keep the registry current with the load and the speed of reads."""
         engine = self._state.engine
         last = None
+        rates: dict[str, float] = {}
         while True:
+            if (measured := self._peers.read_rates()) != rates:
+                self._membership.report_reads(measured)
+                rates = measured
             now = engine.load()
             if now != last:
-                self._membership.report(load_to(now))
+                self._membership.report(load_to(now, self._state.layout.block_bytes))
                 last = now
             await asyncio.sleep(_LOAD_REPORT_S)
 
@@ -298,6 +338,8 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         device=device,
         prefill_curve=_points(loaded.prefill_curve),
         decode_curve=_points(loaded.decode_curve),
+        host_bytes_per_s=loaded.tier_rates.get(Tier.HOST, 0.0),
+        disk_bytes_per_s=loaded.tier_rates.get(Tier.DISK, 0.0),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,6 +18,9 @@ KV_TRANSFER_SECONDS = Histogram(
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
 HANDOFFS = Counter("baton_handoffs", "Handoffs read by this worker, by how they ended", ["outcome"])
+PEER_READ_RATE = Gauge(
+    "baton_peer_read_bytes_per_second", "Measured speed of reads from each other worker", ["peer"]
+)
 PULLS = Counter(
     "baton_pulls", "Prefixes that this worker tried to read from another one, by outcome", ["outcome"]
 )
@@ -45,7 +48,23 @@ class EngineCollector(Collector):
                 "Share of KV blocks that a request or a handoff names, 0 to 1",
             ),
             "baton_kv_cached_blocks": (load.cached_blocks, "Blocks in the prefix tree"),
+            "baton_kv_host_blocks": (load.host_blocks, "Blocks in the host tier"),
+            "baton_kv_disk_blocks": (load.disk_blocks, "Blocks in the disk tier"),
         }
+        fetched = CounterMetricFamily(
+            "baton_kv_tier_fetched_blocks", "Blocks brought up from a tier", labels=["tier"]
+        )
+        for tier, blocks in engine.fetched_blocks.copy().items():
+            fetched.add_metric([tier.name.lower()], blocks)
+        yield fetched
+        misses = CounterMetricFamily(
+            "baton_kv_tier_misses",
+            "Blocks of a tier that could not be used, by why",
+            labels=["tier", "reason"],
+        )
+        for (tier, reason), blocks in engine.tier_misses.copy().items():
+            misses.add_metric([tier.name.lower(), reason], blocks)
+        yield misses
         for name, (count, help_text) in counters.items():
             yield CounterMetricFamily(name, help_text, value=count)
         for name, (level, help_text) in gauges.items():

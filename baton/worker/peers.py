@@ -14,11 +14,19 @@ from baton.rpc.channels import open_channel
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.base import ReadReport, Transfer
 from baton.transfer.wire import description_from_proto
-from baton.worker.metrics import KV_TRANSFER_BLOCKS, KV_TRANSFER_BYTES, KV_TRANSFER_SECONDS
+from baton.worker.metrics import (
+    KV_TRANSFER_BLOCKS,
+    KV_TRANSFER_BYTES,
+    KV_TRANSFER_SECONDS,
+    PEER_READ_RATE,
+)
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 20.0
+# Of smaller reads the latency says more than the bandwidth.
+_MEANINGFUL_BYTES = 1024 * 1024
+_NEWEST_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Peers:
     reader_id: str
     transfer: Transfer
     read_bytes: int = 0
+    _rates: dict[str, float] = field(default_factory=dict)
     _known: dict[str, Peer] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
@@ -66,11 +75,25 @@ class Peers:
     ) -> ReadReport:
         """Read blocks of the peer into blocks of this worker's pool; ends as `Transfer.read` does."""
         report = await self.transfer.read(peer.agent_name, source_blocks, destination_blocks, timeout_s)
+        self._rate(peer.agent_name, report)
         self.read_bytes += report.bytes
         KV_TRANSFER_BYTES.inc(report.bytes)
         KV_TRANSFER_BLOCKS.inc(len(destination_blocks))
         KV_TRANSFER_SECONDS.observe(report.seconds)
         return report
+
+    def read_rates(self) -> dict[str, float]:
+        """Measured bytes per second of reads from each peer, by worker id: a moving average."""
+        return dict(self._rates)
+
+    def _rate(self, agent_name: str, report: ReadReport) -> None:
+        if report.bytes < _MEANINGFUL_BYTES or report.seconds <= 0:
+            return
+        worker_id = agent_name.rpartition("/")[0]
+        newest = report.bytes / report.seconds
+        known = self._rates.get(worker_id, newest)
+        self._rates[worker_id] = known + _NEWEST_WEIGHT * (newest - known)
+        PEER_READ_RATE.labels(worker_id).set(self._rates[worker_id])
 
     async def forget(self, address: str, incarnation: str) -> None:
         """Drop what is known of a worker that is gone."""
@@ -95,7 +118,8 @@ class Peers:
                     f"the worker at {address} has restarted: {incarnation} is now {description.incarnation}"
                 )
             await self.transfer.add_peer(description_from_proto(description))
-            await self.transfer.warm_up(description.agent_name, CONNECT_TIMEOUT_S)
+            report = await self.transfer.warm_up(description.agent_name, CONNECT_TIMEOUT_S)
+            self._rate(description.agent_name, report)
         except grpc.aio.AioRpcError as error:
             await channel.close(None)
             raise HandoffFailed(f"cannot reach the worker at {address}: {error.code().name}") from error
@@ -107,5 +131,8 @@ class Peers:
 
     async def _disconnect(self, peer: Peer) -> None:
         self._known.pop(peer.address, None)
+        worker_id = peer.agent_name.rpartition("/")[0]
+        if self._rates.pop(worker_id, None) is not None:
+            PEER_READ_RATE.remove(worker_id)
         await self.transfer.remove_peer(peer.agent_name)
         await peer.channel.close(None)

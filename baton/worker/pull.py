@@ -82,8 +82,9 @@ class Puller:
     async def _pull(self, choice: Choice, pull: worker_pb2.Pull, blocks: int) -> None:
         engine, chain = self._state.engine, choice.chain(blocks)
         async with AsyncExitStack() as stack:
-            pinned = engine.pin(chain)
-            stack.callback(engine.unpin, pinned)
+            pinning = engine.pin_all(chain)
+            stack.callback(pinning.add_done_callback, lambda done: engine.unpin(done.result()))
+            pinned = await asyncio.wrap_future(pinning)
             if pinned.held == blocks:
                 raise _Missed("held")
             peer = await self._peers.get(pull.address, pull.incarnation)

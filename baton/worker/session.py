@@ -181,5 +181,5 @@ class Session:
             await self._filled.wait()
             self._filled.clear()
             outputs, self._outbox = self._outbox, []
-            load = load_to(self._state.engine.load())
+            load = load_to(self._state.engine.load(), self._state.layout.block_bytes)
             await context.write(worker_pb2.StepOutputs(outputs=outputs, load=load))

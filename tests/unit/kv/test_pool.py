@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from baton.kv.events import Tier
 from baton.kv.hashing import extend_chain
 from baton.kv.pool import BlockPool, NoFreeBlocks
 
@@ -122,7 +123,7 @@ class PoolMachine(RuleBasedStateMachine):
                     self.replica.add(block_id)
                 else:
                     self.replica.remove(block_id)
-        assert self.replica == set(self.pool.shared_ids())
+        assert self.replica == set(self.pool.held_ids()[Tier.DEVICE])
         seen: set[bytes] = set()
         for length in range(1, 7):
             seen.update(chain_of([0] * length))

@@ -46,7 +46,7 @@ def pair() -> Iterator[Pair]:
 
 async def test_blocks_arrive_and_no_other_is_touched(pair: Pair) -> None:
     await pair.reader.add_peer(pair.source.describe())
-    assert (await pair.reader.warm_up("p/1", 1.0)).bytes == 48
+    assert (await pair.reader.warm_up("p/1", 1.0)).bytes == 200 * 48
     report = await pair.reader.read("p/1", range(150), range(50, 200), 5.0)
     assert report.bytes == 150 * 48
     assert torch.equal(pair.pool[50:], pair.source_pool[:150].flatten(1))

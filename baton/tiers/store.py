@@ -1,0 +1,162 @@
+"""The bytes of blocks below the device pool: one buffer of host memory, one file, two threads.
+
+Coming down to host memory is a copy on the spot, because the block's place is about to be used again.
+Everything slower is done by threads: one brings blocks up, the other writes the oldest ones to disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from baton.kv.events import Tier
+from baton.kv.lower import Held, Spill
+from baton.tiers.disk import BlockFile
+
+log = logging.getLogger(__name__)
+
+_MEASURED_BYTES = 16 * 1024 * 1024
+
+
+class TierStore:
+    """Host memory for `host_slots` blocks and, with `disk`, a file below it.
+
+    Args:
+        storage: the KV pool, blocks outermost. On a GPU, host memory is pinned and copies run on streams
+            of their own; whoever is told that a copy is done need not synchronize.
+    """
+
+    def __init__(self, storage: torch.Tensor, host_slots: int, disk: BlockFile | None) -> None:
+        self._pool = storage.flatten(1).view(torch.uint8)
+        self._disk = disk
+        cuda = storage.is_cuda
+        block_bytes = self._pool.shape[1]
+        self._host = torch.empty((host_slots, block_bytes), dtype=torch.uint8, pin_memory=cuda)
+        self._staged = torch.empty(block_bytes, dtype=torch.uint8, pin_memory=cuda)
+        self._down = _stream(storage.device) if cuda else None
+        self._up = _stream(storage.device) if cuda else None
+        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="kv-fetch")
+        self._spilling = ThreadPoolExecutor(1, thread_name_prefix="kv-spill")
+
+    def copy_down(self, block: int, host_slot: int) -> None:
+        """See `Sink`."""
+        with _on(self._down):
+            self._host[host_slot].copy_(self._pool[block], non_blocking=self._down is not None)
+
+    def settle(self) -> None:
+        """See `Sink`."""
+        _finish(self._down)
+
+    def fetch(
+        self, held: Sequence[Held], blocks: Sequence[int], done: Callable[[Sequence[str]], None]
+    ) -> None:
+        """Copy each held block to its pool block on a thread and call `done` there.
+
+        `done` gets, per block, an empty string or why it could not be had; blocks after the first one
+        that failed are not tried and get the same reason.
+        """
+        places = [(one.tier, one.slot) for one in held]
+        self._fetching.submit(_reporting, lambda: done(self._fetch(places, blocks)))
+
+    def spill(self, spills: Sequence[Spill], done: Callable[[Spill, bool], None]) -> None:
+        """Write blocks to disk on a thread and call `done` there after each, with whether it worked."""
+        work = [(spill, spill.held.slot) for spill in spills]
+        self._spilling.submit(_reporting, lambda: self._spill(work, done))
+
+    def measure(self, blocks: Sequence[int]) -> dict[Tier, float]:
+        """Bytes per second into the pool from each tier; call it before anything is stored.
+
+        What is in the pool's `blocks` is lost.
+        """
+        block_bytes = self._pool.shape[1]
+        count = min(len(blocks), self._host.shape[0], max(1, _MEASURED_BYTES // block_bytes))
+        self._host[:count].zero_()
+        rates = {Tier.HOST: self._rate(Tier.HOST, blocks[:count])}
+        if self._disk is not None:
+            for slot in range(count):
+                self._disk.write(slot, _bytes(self._host[slot]))
+            self._disk.forget_cached_pages()
+            rates[Tier.DISK] = self._rate(Tier.DISK, blocks[:count])
+        return rates
+
+    def close(self) -> None:
+        """Wait for the jobs that run; those that wait are dropped."""
+        self._fetching.shutdown(cancel_futures=True)
+        self._spilling.shutdown(cancel_futures=True)
+        if self._disk is not None:
+            self._disk.close()
+
+    def _fetch(self, places: Sequence[tuple[Tier, int]], blocks: Sequence[int]) -> list[str]:
+        reasons = [""] * len(places)
+        try:
+            with _on(self._up):
+                for index, ((tier, slot), block) in enumerate(zip(places, blocks, strict=True)):
+                    if reason := self._fetch_one(tier, slot, block):
+                        reasons[index:] = [reason] * (len(places) - index)
+                        break
+            _finish(self._up)
+        except Exception:  # whoever waits for these blocks must hear of it
+            log.exception("KV blocks could not be brought up")
+            return ["error"] * len(places)
+        return reasons
+
+    def _fetch_one(self, tier: Tier, slot: int, block: int) -> str:
+        if tier is Tier.HOST:
+            self._pool[block].copy_(self._host[slot], non_blocking=self._up is not None)
+            return ""
+        if self._disk is None:
+            return "io_error"
+        if reason := self._disk.read(slot, _bytes(self._staged)):
+            return reason
+        self._pool[block].copy_(self._staged)  # waits: the buffer is used again
+        return ""
+
+    def _spill(self, work: Sequence[tuple[Spill, int]], done: Callable[[Spill, bool], None]) -> None:
+        for spill, host_slot in work:
+            done(spill, self._write(spill.disk_slot, host_slot))
+
+    def _write(self, disk_slot: int, host_slot: int) -> bool:
+        try:
+            if self._disk is not None:
+                self._disk.write(disk_slot, _bytes(self._host[host_slot]))
+                return True
+        except Exception as error:
+            log.warning("a KV block could not be written to --kv-disk-path: %s", error)
+        return False
+
+    def _rate(self, tier: Tier, blocks: Sequence[int]) -> float:
+        started = time.perf_counter()
+        self._fetch([(tier, slot) for slot in range(len(blocks))], blocks)
+        return len(blocks) * self._pool.shape[1] / (time.perf_counter() - started)
+
+
+def _bytes(block: torch.Tensor) -> memoryview:
+    view: memoryview = block.numpy().data
+    return view
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _finish(stream: torch.cuda.Stream | None) -> None:
+    if stream is not None:
+        event = stream.record_event()
+        event.synchronize()
+
+
+def _reporting(job: Callable[[], None]) -> None:
+    """Run a job of a thread; what it raises ends nothing else but is said."""
+    try:
+        job()
+    except Exception:
+        log.exception("moving KV between tiers failed")
