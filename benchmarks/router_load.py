@@ -44,7 +44,8 @@ _END = b"0\r\n\r\n"
 
 
 class InstantWorker(worker_pb2_grpc.DecodeServicer):
-    """A decode worker whose steps take `step_s`, and no time at 0: one message per step for all requests."""
+    """A decode worker whose steps take `step_s`, with one message per step for all requests; or no time at
+    0, and then all tokens of a request come in one message, as the instant OpenAI servers write them."""
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
@@ -80,11 +81,12 @@ class InstantWorker(worker_pb2_grpc.DecodeServicer):
                 load.running = len(left)
                 step = worker_pb2.StepOutputs(load=load)
                 for key in list(left):
-                    output = step.outputs.add(key=key, token_ids=[300 + left[key] % 200])
-                    if key in fresh:
-                        fresh.discard(key)
-                        output.prefill.kind = worker_pb2.PrefillReport.LOCAL
-                    left[key] -= 1
+                    for _ in range(1 if self._step_s else left[key]):
+                        output = step.outputs.add(key=key, token_ids=[300 + left[key] % 200])
+                        if key in fresh:
+                            fresh.discard(key)
+                            output.prefill.kind = worker_pb2.PrefillReport.LOCAL
+                        left[key] -= 1
                     if not left[key]:
                         output.finish_reason = inference_pb2.FINISH_REASON_LENGTH
                         del left[key]

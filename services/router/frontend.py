@@ -20,7 +20,7 @@ from services.router.metrics import Metrics
 from services.router.model import ServedModel
 from services.router.placement import Placer
 
-EmitChoice = Callable[[int, Placed, Piece], Awaitable[None]]
+EmitChoice = Callable[[int, Placed, Sequence[Piece]], Awaitable[None]]
 """Takes the pieces of all choices of a request; the first argument is the choice's index."""
 
 
@@ -97,7 +97,7 @@ class Frontend:
         async with self._admitted(generations) as queue_s:
             if len(generations) == 1:
                 await self.lifecycle.run(
-                    generations[0], lambda placed, piece: emit(0, placed, piece), queue_s=queue_s
+                    generations[0], lambda placed, pieces: emit(0, placed, pieces), queue_s=queue_s
                 )
                 return
             try:
@@ -125,9 +125,9 @@ class Frontend:
         if leader is not None:
             await leader.wait()
 
-        async def emit_one(placed: Placed, piece: Piece) -> None:
+        async def emit_one(placed: Placed, pieces: Sequence[Piece]) -> None:
             begun.set()
-            await emit(index, placed, piece)
+            await emit(index, placed, pieces)
 
         await self.lifecycle.run(generation, emit_one, queue_s=queue_s)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from baton.openai.answer import Piece
@@ -41,5 +41,6 @@ class Placed:
     queue_s: float
 
 
-Emit = Callable[[Placed, Piece], Awaitable[None]]
-"""Takes one choice's pieces in order; the last one has a finish reason. May wait for a slow client."""
+Emit = Callable[[Placed, Sequence[Piece]], Awaitable[None]]
+"""Takes one choice's pieces in order, those together that came together; the last one has a finish reason.
+May wait for a slow client."""

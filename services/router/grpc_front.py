@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,12 +115,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         usage = inference_pb2.Usage(prompt_tokens=len(prompt))
         writing = asyncio.Lock()  # a stream takes one message at a time
 
-        async def emit(index: int, placed: Placed, piece: Piece) -> None:
-            usage.completion_tokens += len(piece.delta.token_ids)
-            if piece.first and index == 0:
-                usage.cached_tokens = placed.cached_tokens
+        async def emit(index: int, placed: Placed, pieces: Sequence[Piece]) -> None:
             async with writing:
-                await context.write(_response(request_id, index, piece))
+                for piece in pieces:
+                    usage.completion_tokens += len(piece.delta.token_ids)
+                    if piece.first and index == 0:
+                        usage.cached_tokens = placed.cached_tokens
+                    await context.write(_response(request_id, index, piece))
 
         await self._frontend.run(generations, emit)
         await context.write(inference_pb2.GenerateResponse(request_id=request_id, usage=usage))

@@ -195,26 +195,42 @@ class _Choice:
             if session is None:
                 raise SessionBroken(f"no session with {worker_id}")
             with session.start(_start(self._generation, self.output, placement)) as attempt:
-                while True:
-                    for output in await attempt.outputs():
-                        if output.HasField("error"):
-                            raise _failure(output.error, placement)
-                        if output.finish_reason == inference_pb2.FINISH_REASON_CANCELLED:
-                            # Not by this router, which would not be listening any more.
-                            given_up = Unavailable(f"worker {worker_id} gave the request up")
-                            raise PlacementFailed("cancelled", worker_id, given_up)
-                        if output.HasField("prefill"):
-                            hold.release()
-                            self._note_prefill(output.prefill, hold)
-                        if await self._take(output, placement):
-                            return
+                while not await self._advance(await attempt.outputs(), hold):
+                    pass
         except SessionBroken as error:
             raise PlacementFailed("session_broken", worker_id, Unavailable(str(error))) from error
         except ClientTooSlow as error:
             raise Unavailable(f"the client reads too slowly: {error}") from error
 
-    async def _take(self, output: worker_pb2.RequestOutput, placement: Placement) -> bool:
-        """Emit one step's output; whether it was the last. Runs once per token: keep it lean."""
+    async def _advance(self, outputs: Sequence[worker_pb2.RequestOutput], hold: Hold) -> bool:
+        """Emit together what came together; whether the choice has ended.
+
+        Raises:
+            PlacementFailed: it ended early, in the middle of `outputs` or before.
+        """
+        pieces: list[Piece] = []
+        failure: Exception | None = None
+        for output in outputs:
+            failure = _failed(output, hold.placement)
+            if failure is not None:
+                break
+            if output.HasField("prefill"):
+                hold.release()
+                self._note_prefill(output.prefill, hold)
+            piece = self._take(output, hold.placement)
+            if piece is not None:
+                pieces.append(piece)
+                if piece.delta.finish_reason is not None:
+                    break
+        if pieces:
+            assert self._placed is not None
+            await self._emit(self._placed, pieces)
+        if failure is not None:
+            raise failure
+        return bool(pieces) and pieces[-1].delta.finish_reason is not None
+
+    def _take(self, output: worker_pb2.RequestOutput, placement: Placement) -> Piece | None:
+        """What one step's output adds, if anything. Runs once per token: keep it lean."""
         finished = _FINISHED[output.finish_reason]
         tokens = output.token_ids[:]
         first = not self.output
@@ -223,7 +239,7 @@ class _Choice:
             if self._placed is None:
                 self._note_placed("local", 0, placement)
         if not tokens and finished is None:
-            return False
+            return None
         delta = self._text.push(
             tokens,
             output.logprobs,
@@ -232,13 +248,10 @@ class _Choice:
         )
         self.output += tokens
         self._observe(len(tokens), first)
-        assert self._placed is not None
-        await self._emit(self._placed, Piece(delta, first, self._prompt_logprobs if first else ()))
-        if delta.finish_reason is None:
-            return False
-        self._metrics.whole.observe(time.monotonic() - self._began_s)
-        self._metrics.finished(delta.finish_reason.value)
-        return True
+        if delta.finish_reason is not None:
+            self._metrics.whole.observe(time.monotonic() - self._began_s)
+            self._metrics.finished(delta.finish_reason.value)
+        return Piece(delta, first, self._prompt_logprobs if first else ())
 
     def _note_prefill(self, report: worker_pb2.PrefillReport, hold: Hold) -> None:
         placement = hold.placement
@@ -309,6 +322,18 @@ def sampling_message(sampling: Sampling) -> worker_pb2.Sampling:
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
     )
+
+
+def _failed(output: worker_pb2.RequestOutput, placement: Placement) -> Exception | None:
+    """Why the placement ends with this output, if it does and the choice does not."""
+    if output.HasField("error"):
+        return _failure(output.error, placement)
+    if output.finish_reason == inference_pb2.FINISH_REASON_CANCELLED:
+        # Not by this router, which would not be listening any more.
+        worker_id = placement.decode.worker_id
+        given_up = Unavailable(f"worker {worker_id} gave the request up")
+        return PlacementFailed("cancelled", worker_id, given_up)
+    return None
 
 
 def _failure(error: worker_pb2.RequestError, placement: Placement) -> Exception:

@@ -295,10 +295,10 @@ class _Answer:
         choices: list[list[Piece]] = [[] for _ in self._generations]
         headers: Headers = {}
 
-        async def emit(index: int, placed: Placed, piece: Piece) -> None:
+        async def emit(index: int, placed: Placed, pieces: Sequence[Piece]) -> None:
             nonlocal headers
             headers = headers or _placed_headers(placed)
-            choices[index].append(self._count(index, placed, piece))
+            choices[index] += [self._count(index, placed, piece) for piece in pieces]
 
         await self._frontend.run(self._generations, emit)
         await self._exchange.json(200, self._shapes.whole(choices, self._usage()), headers)
@@ -309,11 +309,13 @@ class _Answer:
         last_usage = options is not None and options.include_usage
         every_usage = last_usage and options is not None and options.continuous_usage_stats
 
-        async def emit(index: int, placed: Placed, piece: Piece) -> None:
+        async def emit(index: int, placed: Placed, pieces: Sequence[Piece]) -> None:
             if not exchange.started:
                 await exchange.start_events(_placed_headers(placed))
-            piece = self._count(index, placed, piece)
-            events = shapes.chunk(index, piece, self._usage() if every_usage else None)
+            events = b""
+            for piece in pieces:
+                piece = self._count(index, placed, piece)
+                events += shapes.chunk(index, piece, self._usage() if every_usage else None)
             if self._unfinished:
                 await exchange.events(events, last=False)
                 return
