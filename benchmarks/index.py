@@ -70,12 +70,12 @@ class Baton:
 
     def __init__(self) -> None:
         from baton.kv.events import Stored, WorkerEvents
-        from baton.kv.hashing import extend_chain
+        from baton.kv.hashing import Chain, extend_chain
         from baton.kv.index import PrefixIndex
         from baton.rpc.kvstore_messages import decode_events, encode_events
         from baton.rpc.v1 import kvstore_pb2
 
-        self._extend_chain = extend_chain
+        self._chain, self._extend_chain = Chain, extend_chain
         self._decode = decode_events
         self._from_wire = kvstore_pb2.IndexEvents.FromString
         self._encode, self._message, self._stored = encode_events, WorkerEvents, Stored
@@ -84,6 +84,10 @@ class Baton:
 
     def hash(self, tokens: list[int]) -> list[bytes]:
         return self._extend_chain(bytes(16), tokens, BLOCK_TOKENS)
+
+    def ask(self, tokens: list[int]) -> dict[str, int]:
+        """What the router does: ids are computed as the search asks for them."""
+        return self._index.lookup(self._chain(bytes(16), tokens, BLOCK_TOKENS))
 
     def random_ids(self, blocks: int) -> list[bytes]:
         raw = os.urandom(16 * blocks)
@@ -115,6 +119,9 @@ class Dynamo:
 
     def hash(self, tokens: list[int]) -> list[int]:
         return self._hash(tokens, BLOCK_TOKENS)
+
+    def ask(self, tokens: list[int]) -> dict[tuple[int, int], int]:
+        return self.find(self.hash(tokens))
 
     def random_ids(self, blocks: int) -> list[int]:
         return array("Q", os.urandom(8 * blocks)).tolist()
@@ -177,11 +184,13 @@ def measure(side: str, size: int) -> dict[str, float]:
             ids = subject.hash(tokens)
             hashed_s = time.perf_counter()
             scores = subject.find(ids)
+            found_s = time.perf_counter()
+            assert subject.ask(tokens) == scores
             done_s = time.perf_counter()
             assert max(scores.values()) == blocks, (max(scores.values()), blocks)
             hashing_s.append(hashed_s - began_s)
-            finding_s.append(done_s - hashed_s)
-            both_s.append(done_s - began_s)
+            finding_s.append(found_s - hashed_s)
+            both_s.append(done_s - found_s)
         found[f"hash_{length}_s"] = statistics.median(hashing_s)
         found[f"find_{length}_s"] = statistics.median(finding_s)
         found[f"both_{length}_s"] = statistics.median(both_s)

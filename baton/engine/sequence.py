@@ -6,7 +6,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from baton.kv.hashing import extend_chain
+from baton.kv.hashing import ChainHasher
 from baton.sampling import PositionLogprobs, Sampling
 
 
@@ -65,6 +65,7 @@ class Sequence:
     _chain: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._hasher = ChainHasher(self.root)
         for token in self.tokens[self.prompt_len :]:
             self._count(token)
 
@@ -89,9 +90,8 @@ class Sequence:
         """Ids of the first `full_blocks` blocks; all their tokens must be known."""
         known = len(self._chain)
         if known < full_blocks:
-            parent = self._chain[-1] if self._chain else self.root
             fresh = self.tokens[known * self.block_size : full_blocks * self.block_size]
-            self._chain += extend_chain(parent, fresh, self.block_size)
+            self._chain += self._hasher.extend(fresh, self.block_size)
         return self._chain[:full_blocks]
 
     def blocks_for(self, tokens: int) -> int:

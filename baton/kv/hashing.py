@@ -1,14 +1,16 @@
-"""What names a KV block: a chained 128-bit hash of the tokens up to and including it."""
+"""What names a KV block: a keyed 128-bit hash of the tokens up to and including it."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import iter_unpack
+from typing import overload
 
 BLOCK_ID_BYTES = 16
+_TOKEN_BYTES = array("I").itemsize
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,85 @@ class KvLayout:
         return digest.digest()
 
 
-def extend_chain(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
-    """Ids of the full blocks of `token_ids`, chained from `parent` (a root or the block before).
+class ChainHasher:
+    """Names the blocks of one chain from `root` on, in order.
 
-    `token_ids` are 32-bit unsigned; a trailing part shorter than `block_size` has no id.
+    A block's id is BLAKE2b, keyed with the root, of all tokens up to and including the block: one hash runs
+    along the chain, and reading it off costs one compression however long the chain is.
     """
-    stride = array("I").itemsize * block_size
-    packed = memoryview(array("I", token_ids)).cast("B")
-    whole = packed[: len(packed) // stride * stride]
-    # Behind its parent of fixed length a block of up to 28 tokens fits BLAKE2b's 128 bytes: with the parent
-    # as BLAKE2b's key, which takes 128 bytes of its own, every block would take a second compression.
-    return [
-        parent := blake2b(parent + tokens, digest_size=BLOCK_ID_BYTES).digest()
-        for (tokens,) in iter_unpack(f"{stride}s", whole)
-    ]
+
+    __slots__ = ("_hash",)
+
+    def __init__(self, root: bytes) -> None:
+        self._hash = blake2b(digest_size=BLOCK_ID_BYTES, key=root)
+
+    def extend(self, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+        """Ids of the full blocks of `token_ids`, which go on where the last full block ended.
+
+        `token_ids` are 32-bit unsigned; a trailing part shorter than `block_size` has no id, and is to be
+        given again when it has grown.
+        """
+        update, digest = self._hash.update, self._hash.digest
+        stride = _TOKEN_BYTES * block_size
+        packed = memoryview(array("I", token_ids)).cast("B")
+        ids = []
+        for (tokens,) in iter_unpack(f"{stride}s", packed[: len(packed) // stride * stride]):
+            update(tokens)
+            ids.append(digest())
+        return ids
+
+
+def extend_chain(root: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Ids of all full blocks of a prompt. See `ChainHasher`."""
+    return ChainHasher(root).extend(token_ids, block_size)
+
+
+class Chain(Sequence[bytes]):
+    """The ids that `extend_chain` gives, each computed when it is asked for.
+
+    A search by halves asks for few of them; between those the hash runs over the tokens without a stop.
+    Everything up to the last id asked for is hashed once, up to 1/32 of the chain again for each id.
+    """
+
+    __slots__ = ("_blocks", "_root", "_states", "_step", "_stride", "_tokens")
+
+    def __init__(self, root: bytes, token_ids: Sequence[int], block_size: int) -> None:
+        self._tokens = memoryview(array("I", token_ids)).cast("B")
+        self._stride = _TOKEN_BYTES * block_size
+        self._blocks = len(self._tokens) // self._stride
+        # The hash after every so many blocks, as far as it has come.
+        self._step = max(8, self._blocks // 32)
+        self._root = root
+        self._states = [blake2b(digest_size=BLOCK_ID_BYTES, key=root)]
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[bytes]: ...
+
+    def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
+        if isinstance(at, slice):
+            return list(self)[at]
+        if at < 0:
+            at += self._blocks
+        if not 0 <= at < self._blocks:
+            raise IndexError(f"block {at} of a chain of {self._blocks}")
+        full, rest = divmod(at + 1, self._step)
+        states, tokens, span = self._states, self._tokens, self._step * self._stride
+        while len(states) <= full:
+            state = states[-1].copy()
+            end = len(states) * span
+            state.update(tokens[end - span : end])
+            states.append(state)
+        state = states[full]
+        if rest:
+            state = state.copy()
+            state.update(tokens[full * span : (at + 1) * self._stride])
+        return state.digest()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(ChainHasher(self._root).extend(self._tokens.cast("I"), self._stride // _TOKEN_BYTES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.kv.events import TierCounts
-from baton.kv.hashing import extend_chain
+from baton.kv.hashing import Chain
 from baton.routing import Candidate, ClusterView, Placement, Policy, Request, Role, WorkerView
 from baton.routing.admission import Pace
 from baton.routing.correction import Correction
@@ -168,7 +168,7 @@ class Placer:
         layouts = {worker.layout for worker in known}
         tiers: dict[str, TierCounts] = {}
         for layout in layouts:
-            chain = extend_chain(layout.root(generation.cache_salt), context, layout.block_size)
+            chain = Chain(layout.root(generation.cache_salt), context, layout.block_size)
             tiers.update(self._cluster.index.lookup_tiers(chain))
         # Workers of one model differ in block size only while they are replaced by others; the
         # smallest then overstates what the rest hold, which costs time and no correctness.
