@@ -89,7 +89,8 @@ class RedisProcess(Process):
         return f"redis://{self.address}/0"
 
     def command(self) -> list[str]:
-        return ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._log.parent)]
+        return ["redis-server", *where, "--save", ""]
 
 
 class SecureRedisProcess(RedisProcess):
@@ -122,7 +123,7 @@ class RedisNodeProcess(RedisProcess):
         cluster = ["--cluster-enabled", "yes", "--cluster-config-file", str(config)]
         ports = ["--cluster-port", str(self._bus_port)]
         user = ["--user", "baton", "on", ">secret", "~baton:1:*", "+@all"]
-        return [*super().command(), *cluster, *ports, "--dir", str(self._log.parent), *user]
+        return [*super().command(), *cluster, *ports, *user]
 
 
 async def form_redis_cluster(nodes: Sequence[RedisNodeProcess]) -> None:
