@@ -8,6 +8,7 @@ begins at the start of a chain.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -63,12 +64,12 @@ class LowerTiers:
     sink: Sink
     changes: Changes = field(default_factory=Changes, init=False)
     _held: dict[bytes, Held] = field(default_factory=dict, init=False)
-    _oldest_first: dict[Tier, dict[bytes, Held]] = field(init=False)
+    _oldest_first: dict[Tier, OrderedDict[bytes, Held]] = field(init=False)
     _children: dict[bytes, set[bytes]] = field(default_factory=dict, init=False)
     _free: dict[Tier, list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._oldest_first = {Tier.HOST: {}, Tier.DISK: {}}
+        self._oldest_first = {Tier.HOST: OrderedDict(), Tier.DISK: OrderedDict()}
         self._free = {
             Tier.HOST: list(range(self.host_slots - 1, -1, -1)),
             Tier.DISK: list(range(self.disk_slots - 1, -1, -1)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,23 @@ def test_a_damaged_file_is_a_miss_and_the_answer_is_right(tiered: Cluster) -> No
     assert again == expected
     assert report.cached_tokens == 60 * BLOCK
     assert nothing_is_held(tiered)
+
+
+def test_workers_that_pull_from_each_other_under_pressure_keep_their_answers(tiered: Cluster) -> None:
+    """More is asked for at once than the pools hold, so blocks move on every path there is."""
+    workers = ("hybrid-0", "hybrid-1")
+    prompts = [fresh_prompt(30 * BLOCK + number) for number in range(5)]
+    expected = [generate(tiered, workers[number % 2], one)[0] for number, one in enumerate(prompts)]
+    pulls_of = {worker: pull_from(tiered, worker, 30) for worker in workers}
+
+    def again(number: int) -> bool:
+        here, there = workers[number % 2], workers[1 - number % 2]
+        which = number % 5
+        return generate(tiered, here, prompts[which], pull=pulls_of[there])[0] == expected[which]
+
+    with ThreadPoolExecutor(10) as threads:
+        assert all(threads.map(again, range(40)))
+    until(lambda: nothing_is_held(tiered), lambda: [tiered.status(worker) for worker in workers])
 
 
 def damage_disk(pid: int) -> None:

@@ -48,7 +48,7 @@ def generate(
     tokens: list[int] = []
     report = worker_pb2.PrefillReport()
     with grpc.insecure_channel(cluster.workers()[worker_id]) as channel:
-        session = worker_pb2_grpc.DecodeStub(channel).Session(iter(requests.get, None), timeout=10)
+        session = worker_pb2_grpc.DecodeStub(channel).Session(iter(requests.get, None), timeout=60)
         for output in _outputs(session):
             assert not output.HasField("error"), output.error
             tokens += output.token_ids
