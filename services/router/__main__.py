@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 
 import click
@@ -42,6 +43,8 @@ async def serve(settings: Settings) -> None:
 def main(settings: Settings) -> None:
     """Serve the OpenAI API and gRPC, and place requests on the cluster's workers."""
     configure("router", settings.observability.log_level)
+    # Prompts come one by one: handing each to the tokenizer's thread pool costs more than it gains.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     uvloop.run(serve(settings))
 
 
