@@ -27,12 +27,13 @@ def measure_prefill(
 
 
 def measure_decode(
-    runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int]
+    runner: Runner, pool: BlockPool, block_size: int, sizes: Iterable[int], context: int = DECODE_CONTEXT
 ) -> dict[int, float]:
-    """Seconds of one decode step against the requests in it, each with a short context."""
+    """Seconds of one decode step against the requests in it, each with `context` tokens, a short one if not
+    given."""
 
     def batch(size: int) -> list[Sequence]:
-        return [_sequence(DECODE_CONTEXT, DECODE_CONTEXT - 1, block_size, pool) for _ in range(size)]
+        return [_sequence(context, context - 1, block_size, pool) for _ in range(size)]
 
     return _measure(pool, sizes, batch, runner)
 

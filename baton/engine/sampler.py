@@ -63,7 +63,8 @@ class Sampler:
         asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
         raw = logits[asked].log_softmax(-1) if asked else None
         for row, choice in enumerate(choices):
-            self._adjust(logits[row], choice)
+            if _adjusts(choice):
+                self._adjust(logits[row], choice)
         tokens = logits.argmax(-1)
         drawn = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
         if drawn:
@@ -104,6 +105,18 @@ class Sampler:
         if choice.output_len < sampling.min_tokens:
             banned = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)]
             row[[token for token in banned if token < row.shape[0]]] = -torch.inf
+
+
+def _adjusts(choice: Choice) -> bool:
+    """Whether `Sampler._adjust` may change this row."""
+    sampling = choice.sampling
+    return bool(
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or choice.output_len < sampling.min_tokens
+    )
 
 
 def position_logprobs(

@@ -1,0 +1,101 @@
+"""`baton profile`: how long do prefill and decode steps of a model take on this machine?"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from baton.cli.options import settings_options
+from baton.cli.run import WORKER_EXTRA, worker_extra_missing
+from baton.config import Settings
+
+CONTEXTS = (64, 512, 2048)
+
+
+class PrefillPoint(msgspec.Struct, frozen=True):
+    """One prompt of `tokens` tokens, nothing of it cached."""
+
+    tokens: int
+    seconds: float
+
+
+class DecodePoint(msgspec.Struct, frozen=True):
+    """One step of `batch` requests that have `context` tokens each."""
+
+    batch: int
+    context: int
+    seconds: float
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """What `baton profile` writes."""
+
+    model: str
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    prefill: list[PrefillPoint]
+    decode: list[DecodePoint]
+
+
+@click.command()
+@settings_options("model", "engine")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="file for the curves, as JSON [none]"
+)
+def profile(settings: Settings, out: Path | None) -> None:
+    """Measure step times of --model: prefill against tokens, decode against requests and context."""
+    if worker_extra_missing():
+        raise click.ClickException(WORKER_EXTRA)
+    measured = _measure(settings)
+    table = Table(title=f"{measured.model} in {measured.dtype}, {measured.threads} threads")
+    for column in ("step", "requests", "tokens each", "ms", "tokens/s"):
+        table.add_column(column, justify="right")
+    for point in measured.prefill:
+        rate = point.tokens / point.seconds
+        table.add_row("prefill", "1", str(point.tokens), f"{point.seconds * 1e3:.2f}", f"{rate:.0f}")
+    for step in measured.decode:
+        rate = step.batch / step.seconds
+        table.add_row(
+            "decode", str(step.batch), str(step.context), f"{step.seconds * 1e3:.2f}", f"{rate:.0f}"
+        )
+    Console().print(table)
+    if out is not None:
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(measured)) + b"\n")
+
+
+def _measure(settings: Settings) -> Profile:
+    """Load the model as a worker does, and measure. Points that the KV pool cannot hold are left out."""
+    # Here, not above: they load torch, which the base install does not have.
+    import torch
+
+    from baton.engine.curves import measure_decode
+    from baton.worker.host import DECODE_SIZES, load
+
+    loaded = load(settings)
+    block_size = loaded.attention.cache.layout.block_size
+    sizes = [size for size in DECODE_SIZES if size <= settings.engine.max_batch_requests]
+    decode = [
+        DecodePoint(batch, context, seconds)
+        for context in CONTEXTS
+        if context < loaded.model.config.max_model_len
+        for batch, seconds in measure_decode(
+            loaded.runner, loaded.scheduler.pool, block_size, sizes, context
+        ).items()
+    ]
+    on_gpu = settings.model.device == "cuda"
+    return Profile(
+        model=settings.model.served_model_name or Path(settings.model.model).name,
+        device=torch.cuda.get_device_name(settings.model.gpu) if on_gpu else "cpu",
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions={"baton": version("baton-serve"), "torch": version("torch")},
+        prefill=[PrefillPoint(tokens, seconds) for tokens, seconds in loaded.prefill_curve.items()],
+        decode=decode,
+    )
