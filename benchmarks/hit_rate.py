@@ -3,7 +3,7 @@
     python benchmarks/hit_rate.py --trace conversation_trace.jsonl --trace synthetic_trace.jsonl [--quick]
 
 The traces are Mooncake's (github.com/kvcache-ai/Mooncake, FAST25-release/traces); without `--trace` a short
-excerpt from tests/data is replayed. The policies, pools and the prefix index are the real ones; time is
+excerpt from tests/data is replayed, too short to hold the goals to. The policies, pools and the prefix index are the real ones; time is
 virtual. Eight workers, as hybrids and as 4 prefill + 4 decode, share `--cache-tokens` of pool. Their speed is
 chosen so that the traces keep them about half busy: 6.8 k tokens/s at 8 k-token prompts, 160 KB of KV
 per token, 12.5 GB/s between any two.

@@ -155,7 +155,7 @@ def _local(
         disturbs_s = interference_s(side.worker, prefill)
         reason = "no prefill worker"
         if request.prompt_tokens - prefill.cached_tokens <= request.block_size:
-            reason = "cached"
+            reason = "cached" if prefill.pull is None else "pulled"
         elif others_prefill:
             if not side.worker.prefill_curve.points:
                 continue

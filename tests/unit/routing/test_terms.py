@@ -73,6 +73,11 @@ class TestPulls:
         assert (placement.pull.worker.worker_id, placement.pull.blocks) == ("d1", 200)
         assert placement.compute_tokens == 4000 - 200 * 16
 
+    def test_a_whole_prompt_is_pulled_to_where_it_is_decoded(self) -> None:
+        request = prompt(3200, held={"d1": 200})
+        placement = place(request, prefiller(), decoder("d0"), decoder("d1", running=60, waiting=60))
+        assert (placement.pair, placement.reason) == (("d0", "d0"), "pulled")
+
     def test_a_prefix_is_computed_where_reading_is_slower(self) -> None:
         slow = prefiller(read_bytes_per_s={"p1": 1e6})
         request = prompt(4000, held={"p1": 200})
