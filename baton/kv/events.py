@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from itertools import pairwise
+from typing import overload
+
+from baton.kv.hashing import BLOCK_ID_BYTES
 
 
 class Tier(IntEnum):
@@ -28,6 +31,42 @@ class TierCounts:
     def total(self) -> int:
         """Leading blocks held in any tier."""
         return self.device + self.host + self.disk
+
+
+class PackedIds(Sequence[bytes]):
+    """Block ids as they come over the wire: 16 bytes each, end to end, taken apart when asked for."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+    def __len__(self) -> int:
+        return len(self.raw) // BLOCK_ID_BYTES
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[bytes]: ...
+
+    def __getitem__(self, at: int | slice) -> bytes | Sequence[bytes]:
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            if step == 1:
+                return PackedIds(self.raw[BLOCK_ID_BYTES * start : BLOCK_ID_BYTES * stop])
+            return list(self)[at]
+        start = BLOCK_ID_BYTES * range(len(self))[at]
+        return self.raw[start : start + BLOCK_ID_BYTES]
+
+    def __iter__(self) -> Iterator[bytes]:
+        raw = self.raw
+        return (raw[start : start + BLOCK_ID_BYTES] for start in range(0, len(raw), BLOCK_ID_BYTES))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)

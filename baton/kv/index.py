@@ -22,7 +22,17 @@ from collections.abc import Callable, Iterator, Sequence
 from struct import Struct
 from sys import getsizeof
 
-from baton.kv.events import Event, Removed, SequenceGate, Stored, Tier, TierCounts, Verdict, WorkerEvents
+from baton.kv.events import (
+    Event,
+    PackedIds,
+    Removed,
+    SequenceGate,
+    Stored,
+    Tier,
+    TierCounts,
+    Verdict,
+    WorkerEvents,
+)
 
 # A table is cut into shards by the low bits of the key, so that sweeping or growing one is short work.
 _SHARD_BITS = 8
@@ -216,8 +226,9 @@ class PrefixIndex:
             table = self._tables.get(event.tier)
             if table is None:
                 table = self._tables[event.tier] = [{} for _ in range(_SHARDS)]
-            for start in range(0, len(event.block_ids), _PIECE):
-                piece = event.block_ids[start : start + _PIECE]
+            whole = event.block_ids
+            for start in range(0, len(whole), _PIECE):
+                piece = whole if len(whole) <= _PIECE else whole[start : start + _PIECE]
                 self._store(table, piece, bit)
                 if self._max_bytes:
                     self._keep_bound(len(piece))
@@ -383,4 +394,5 @@ class PrefixIndex:
 
 def _keys(block_ids: Sequence[bytes]) -> list[int]:
     """The last 64 bits of each id."""
-    return memoryview(b"".join(block_ids)).cast("Q")[1::2].tolist()
+    raw = block_ids.raw if isinstance(block_ids, PackedIds) else b"".join(block_ids)
+    return memoryview(raw).cast("Q")[1::2].tolist()

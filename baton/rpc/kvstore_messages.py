@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from baton.errors import InvalidRequest
-from baton.kv.events import Cleared, Event, Removed, Stored, Tier, WorkerEvents
+from baton.kv.events import Cleared, Event, PackedIds, Removed, Stored, Tier, WorkerEvents
 from baton.kv.hashing import BLOCK_ID_BYTES
 from baton.routing.view import Curve, Role, WorkerView
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
@@ -104,7 +104,7 @@ def _decode_event(wire: kvstore_pb2.IndexEvent) -> Event:
         raise InvalidRequest(
             f"block_ids has {len(raw)} bytes, not a multiple of {BLOCK_ID_BYTES}", field="block_ids"
         )
-    ids = [raw[start : start + BLOCK_ID_BYTES] for start in range(0, len(raw), BLOCK_ID_BYTES)]
+    ids = PackedIds(raw)
     tier = _tier(wire.tier)
     return Stored(ids, tier) if wire.kind == kvstore_pb2.IndexEvent.STORED else Removed(ids, tier)
 

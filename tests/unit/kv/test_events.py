@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.kv.events import Cleared, Event, Removed, SequenceGate, Stored, Tier, Verdict, WorkerEvents, pack
+from baton.kv.events import (
+    Cleared,
+    Event,
+    PackedIds,
+    Removed,
+    SequenceGate,
+    Stored,
+    Tier,
+    Verdict,
+    WorkerEvents,
+    pack,
+)
 from baton.rpc.kvstore_messages import decode_events, encode_events, worker_view
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
 
@@ -115,3 +126,15 @@ def test_a_worker_without_a_load_report_counts_as_empty() -> None:
     assert empty.prefill_curve.seconds(16) == 0.5
     full = worker_view(worker, worker_pb2.WorkerLoad(total_blocks=9, free_blocks=0, running=4))
     assert (full.free_blocks, full.running) == (0, 4)
+
+
+def test_packed_ids_are_a_sequence_of_ids() -> None:
+    ids = [bytes([number]) * 16 for number in range(5)]
+    packed = PackedIds(b"".join(ids))
+    assert packed == ids
+    assert list(packed) == ids
+    assert [packed[at] for at in range(-5, 5)] == ids + ids
+    assert packed[1:3] == ids[1:3]
+    assert packed[::-2] == ids[::-2]
+    assert packed[4:2] == []
+    assert packed != ids[:4]
