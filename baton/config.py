@@ -73,7 +73,11 @@ class EngineSettings:
     gpu_memory_utilization: float = setting(
         0.9, "share of a GPU's memory that weights and KV of one worker take", minimum=0.01, maximum=1
     )
-    max_batch_tokens: int = setting(512, "tokens computed per engine step at most", minimum=16)
+    max_batch_tokens: int = setting(
+        512,
+        "tokens computed per engine step at most [0: as few as reach full prefill speed, measured at start]",
+        minimum=0,
+    )
     max_batch_requests: int = setting(64, "requests decoded per engine step at most", minimum=1)
     max_waiting: int = setting(1024, "requests a worker queues before it refuses more", minimum=1)
     threads: int = setting(0, "torch threads of a worker [0: its share of the cores]", minimum=0)

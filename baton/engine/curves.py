@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 
 import torch
@@ -17,6 +17,7 @@ from baton.sampling import Sampling
 ROUNDS = 3
 DECODE_CONTEXT = 64
 _BUDGET_S = 2.0
+_NEARLY = 0.95
 
 
 def measure_prefill(
@@ -36,6 +37,15 @@ def measure_decode(
         return [_sequence(context, context - 1, block_size, pool) for _ in range(size)]
 
     return _measure(pool, sizes, batch, runner)
+
+
+def knee(prefill: Mapping[int, float]) -> int:
+    """The fewest tokens per step that reach nearly the best prefill speed of the curve, at least 16.
+
+    More would only delay the decoding sequences that share the step.
+    """
+    best = max(tokens / seconds for tokens, seconds in prefill.items())
+    return max(16, min(tokens for tokens, seconds in prefill.items() if tokens / seconds >= _NEARLY * best))
 
 
 def _measure(

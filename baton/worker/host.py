@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY, start_http_server
 from baton.attention.base import AttentionBackend, KvCache
 from baton.attention.select import block_bytes, create_backend, preferred_block_size
 from baton.config import EngineSettings, Settings
-from baton.engine.curves import measure_decode, measure_prefill
+from baton.engine.curves import knee, measure_decode, measure_prefill
 from baton.engine.engine import Engine, Stop
 from baton.engine.runner import Runner
 from baton.engine.scheduler import Limits, Scheduler
@@ -97,12 +97,13 @@ def load(settings: Settings) -> Loaded:
     attention = create_backend(device, model.dtype, specs, blocks, block_size, model.fingerprint)
     pool = BlockPool(blocks)
     runner = Runner(model, attention, device)
-    longest = min(chosen.max_batch_tokens, model.config.max_model_len - 1)
+    longest = min(chosen.max_batch_tokens or PREFILL_SIZES[-1], model.config.max_model_len - 1)
     prefill = measure_prefill(runner, pool, block_size, [s for s in PREFILL_SIZES if s < longest] + [longest])
     decode = measure_decode(
         runner, pool, block_size, [s for s in DECODE_SIZES if s <= chosen.max_batch_requests]
     )
-    limits = Limits(chosen.max_batch_tokens, chosen.max_batch_requests, chosen.max_waiting)
+    tokens = chosen.max_batch_tokens or max(knee(prefill), chosen.max_batch_requests)
+    limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
     tiers, rates = _add_tiers(chosen, pool, attention.cache)
     return Loaded(model, attention, Scheduler(pool, limits), runner, prefill, decode, tiers, rates)
 
