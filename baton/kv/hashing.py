@@ -76,14 +76,14 @@ class Chain(Sequence[bytes]):
     Everything up to the last id asked for is hashed once, up to 1/32 of the chain again for each id.
     """
 
-    __slots__ = ("_blocks", "_root", "_states", "_step", "_stride", "_tokens")
+    __slots__ = ("_blocks", "_root", "_span", "_states", "_stride", "_tokens")
 
     def __init__(self, root: bytes, token_ids: Sequence[int], block_size: int) -> None:
         self._tokens = memoryview(array("I", token_ids)).cast("B")
         self._stride = _TOKEN_BYTES * block_size
         self._blocks = len(self._tokens) // self._stride
-        # The hash after every so many blocks, as far as it has come.
-        self._step = max(8, self._blocks // 32)
+        # `_states` is the hash after every `_span` bytes, as far as it has come.
+        self._span = self._stride * max(8, self._blocks // 32)
         self._root = root
         self._states = [blake2b(digest_size=BLOCK_ID_BYTES, key=root)]
 
@@ -103,18 +103,23 @@ class Chain(Sequence[bytes]):
             at += self._blocks
         if not 0 <= at < self._blocks:
             raise IndexError(f"block {at} of a chain of {self._blocks}")
-        full, rest = divmod(at + 1, self._step)
-        states, tokens, span = self._states, self._tokens, self._step * self._stride
-        while len(states) <= full:
-            state = states[-1].copy()
-            end = len(states) * span
-            state.update(tokens[end - span : end])
-            states.append(state)
-        state = states[full]
-        if rest:
+        end = (at + 1) * self._stride
+        full = end // self._span
+        if full >= len(self._states):
+            self._run_to(full)
+        state = self._states[full]
+        if rest := end % self._span:
             state = state.copy()
-            state.update(tokens[full * span : (at + 1) * self._stride])
+            state.update(self._tokens[end - rest : end])
         return state.digest()
+
+    def _run_to(self, full: int) -> None:
+        states, tokens, span = self._states, self._tokens, self._span
+        state = states[-1]
+        for start in range((len(states) - 1) * span, full * span, span):
+            state = state.copy()
+            state.update(tokens[start : start + span])
+            states.append(state)
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(ChainHasher(self._root).extend(self._tokens.cast("I"), self._stride // _TOKEN_BYTES))

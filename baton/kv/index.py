@@ -172,7 +172,15 @@ class PrefixIndex:
             return entry & live if entry & _GENERATION > cut else 0
 
         if len(tables) == 1:
-            return of_one
+            if self._sweep is not None:
+                return of_one
+            shards, unpack = tables[0], _KEY
+
+            def of_one_swept(block_id: bytes) -> int:
+                key: int = unpack(block_id, 8)[0]
+                return shards[key & _SHARD].get(key >> _SHARD_BITS, 0) & live
+
+            return of_one_swept
 
         def of_all(block_id: bytes) -> int:
             holders = 0
