@@ -93,9 +93,15 @@ constexpr i64 AHEAD = 4096; // bytes of weights fetched in advance
 
 template <class T> constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
 
+// Weights to fetch while computing: `lines` cache lines of every 256 bytes (one step) from `from` on.
+struct Fetch {
+    const char *from;
+    int lines;
+};
+
 // ROWS rows of x times one panel of 64 outputs. Every `chunk` inputs are added up apart, then to the sum.
 template <class T, int ROWS>
-static void panel(const T *x, i64 k, i64 chunk, const T *w, const T *bias, T *y, i64 n) {
+static void panel(const T *x, i64 k, i64 chunk, const T *w, const T *bias, T *y, i64 n, Fetch fetch) {
     constexpr int P = PAIR<T>;
     float total[ROWS][64];
     for (i64 start = 0; start < k; start += chunk) {
@@ -103,8 +109,9 @@ static void panel(const T *x, i64 k, i64 chunk, const T *w, const T *bias, T *y,
         for (auto &row : sum)
             for (auto &part : row) part = _mm512_setzero_ps();
         for (i64 at = start, end = std::min(k, start + chunk); at < end; at += P, w += 64 * P) {
-            for (int line = 0; line < 2 * P * int(sizeof(T)); line++)
-                _mm_prefetch((const char *)w + AHEAD + 64 * line, _MM_HINT_T0);
+            for (int line = 0; line < fetch.lines; line++)
+                _mm_prefetch(fetch.from + 64 * line, _MM_HINT_T1);
+            fetch.from += 256;
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; row++)
 #pragma GCC unroll 4
@@ -132,10 +139,17 @@ static void product(const T *x, i64 m, i64 k, i64 chunk, const T *w, i64 n, cons
     for (i64 at = 0; at < n / 64; at++) {
         const T *weights = w + at * 64 * k, *b = bias ? bias + at * 64 : nullptr;
         T *out = y + at * 64;
-        i64 row = 0;
-        for (; row + 4 <= m; row += 4) panel<T, 4>(x + row * k, k, chunk, weights, b, out + row * n, n);
-        for (; row + 2 <= m; row += 2) panel<T, 2>(x + row * k, k, chunk, weights, b, out + row * n, n);
-        if (row < m) panel<T, 1>(x + row * k, k, chunk, weights, b, out + row * n, n);
+        // One pass fetches a little ahead of itself; several share the next panel among them.
+        i64 passes = (m + 3) / 4;
+        int lines = passes == 1 ? 4 : passes < 4 ? 2 : 1;
+        const char *next = (const char *)weights + (passes == 1 ? AHEAD : 64 * k * i64(sizeof(T)));
+        for (i64 row = 0, pass = 0; row < m; pass++) {
+            Fetch fetch{next + pass * lines * 64, pass * lines < 4 ? lines : 0};
+            i64 some = std::min<i64>(4, m - row);
+            auto rows = some == 4 ? panel<T, 4> : some == 3 ? panel<T, 3> : some == 2 ? panel<T, 2> : panel<T, 1>;
+            rows(x + row * k, k, chunk, weights, b, out + row * n, n, fetch);
+            row += some;
+        }
     }
 }
 
@@ -302,14 +316,24 @@ template <class T> struct Scratch {
           total(QUERY_ROWS * columns), top(QUERY_ROWS), weight(QUERY_ROWS), keep(QUERY_ROWS) {}
 };
 
+static inline void interleave(const float *const *values, i64 dim, float *out) {
+    std::memcpy(out, values[0], dim * sizeof(float));
+}
+static inline void interleave(const bf16 *const *values, i64 dim, bf16 *out) {
+    const uint16_t *even = (const uint16_t *)values[0], *odd = (const uint16_t *)values[1];
+    uint32_t *pairs = (uint32_t *)out;
+    for (i64 at = 0; at < dim; at++) pairs[at] = even[at] | uint32_t(odd[at]) << 16;
+}
+
 template <class T>
 static void load_tile(const Attention &a, Scratch<T> &s, const i64 *table, i64 start, i64 count, i64 head) {
     constexpr int P = PAIR<T>;
     const T *keys[TILE], *values[TILE];
+    const int shift = __builtin_ctzll(a.block_size); // a power of two
     for (i64 key = 0; key < TILE; key++) {
         i64 position = start + std::min(key, count - 1); // what lies beyond is hidden: any key will do
-        const T *block = (const T *)a.pool + table[position / a.block_size] * a.block_stride + a.layer_offset;
-        keys[key] = block + (head * a.block_size + position % a.block_size) * a.dim;
+        const T *block = (const T *)a.pool + table[position >> shift] * a.block_stride + a.layer_offset;
+        keys[key] = block + (head * a.block_size + (position & (a.block_size - 1))) * a.dim;
         values[key] = keys[key] + a.kv_heads * a.block_size * a.dim;
     }
     for (i64 group = 0; group < (count + 15) / 16; group++) {
@@ -329,8 +353,7 @@ static void load_tile(const Attention &a, Scratch<T> &s, const i64 *table, i64 s
     }
     for (i64 key = 0; key < (count + 15) / 16 * 16; key += P) {
         T *out = s.values.data() + key * s.columns;
-        for (i64 at = 0; at < a.dim; at++)
-            for (i64 p = 0; p < P; p++) out[at * P + p] = values[key + p][at];
+        interleave(values + key, a.dim, out);
     }
 }
 
@@ -344,7 +367,7 @@ static void score(const Scratch<T> &s, i64 row, i64 groups, float (*scores)[TILE
         __m512 sum[ROWS];
         for (auto &each : sum) each = _mm512_setzero_ps();
         for (i64 step = 0; step < s.steps; step++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
                 sum[r] = multiply_add(sum[r], q + (r * s.steps + step) * P, keys + step * 16 * P);
         for (int r = 0; r < ROWS; r++) _mm512_storeu_ps(scores[r] + group * 16, sum[r]);
@@ -361,7 +384,7 @@ template <class T, int ROWS> static void mix(Scratch<T> &s, i64 row, i64 groups)
         for (int r = 0; r < ROWS; r++)
             sum[r] = _mm512_mul_ps(_mm512_loadu_ps(total + r * s.columns + at), _mm512_set1_ps(s.keep[row + r]));
         for (i64 key = 0; key < groups * 16; key += P)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
                 sum[r] = multiply_add(sum[r], likely + r * TILE + key,
                                       s.values.data() + key * s.columns + at * P);
@@ -427,15 +450,19 @@ template <class T> static void piece(const Attention &a, Scratch<T> &s, i64 numb
         i64 from_query = std::max<i64>(0, start - position), to_query = queries;
         if (a.window) to_query = std::min(queries, start + TILE + a.window - 1 - position);
         for (i64 row = from_query * share; row < to_query * share;) {
-            i64 some = to_query * share - row >= 4 ? 4 : 1;
-            float scores[4][TILE];
-            some == 4 ? score<T, 4>(s, row, groups, scores) : score<T, 1>(s, row, groups, scores);
+            i64 left = to_query * share - row, some = left >= 8 ? 8 : left >= 4 ? 4 : 1;
+            float scores[8][TILE];
+            if (some == 8) score<T, 8>(s, row, groups, scores);
+            else if (some == 4) score<T, 4>(s, row, groups, scores);
+            else score<T, 1>(s, row, groups, scores);
             for (i64 r = 0; r < some; r++) {
                 i64 at = position + (row + r) / share;
                 i64 from = a.window ? std::max<i64>(0, at - a.window + 1 - start) : 0;
                 weigh(a, s, row + r, from, std::min(count, at + 1 - start), groups, scores[r]);
             }
-            some == 4 ? mix<T, 4>(s, row, groups) : mix<T, 1>(s, row, groups);
+            if (some == 8) mix<T, 8>(s, row, groups);
+            else if (some == 4) mix<T, 4>(s, row, groups);
+            else mix<T, 1>(s, row, groups);
             row += some;
         }
     }
