@@ -27,11 +27,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -55,6 +56,8 @@ class Peer:
 
     package: str
     command: Callable[[Path, int, Sequence[str], Path], list[str]]
+    health: str = "/health"
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 def _vllm_router(python: Path, port: int, urls: Sequence[str], folder: Path) -> list[str]:
@@ -87,7 +90,12 @@ def _litellm(python: Path, port: int, urls: Sequence[str], folder: Path) -> list
 PEERS = {
     "vllm-router": Peer("vllm-router", _vllm_router),
     "smg": Peer("smg", _smg),
-    "litellm": Peer("litellm[proxy]", _litellm),
+    "litellm": Peer(
+        "litellm[proxy]",
+        _litellm,
+        "/health/liveliness",
+        {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"},
+    ),
 }
 
 
@@ -136,11 +144,13 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 @contextmanager
-def started(command: Sequence[str], log: Path) -> Iterator[psutil.Process]:
+def started(
+    command: Sequence[str], log: Path, extra: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[psutil.Process]:
     """A process and its children, which end with the block."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
     with log.open("wb") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=said, stderr=said)
+        process = subprocess.Popen(command, cwd=ROOT, env={**environ, **extra}, stdout=said, stderr=said)
     whole = psutil.Process(process.pid)
     try:
         yield whole
@@ -201,8 +211,9 @@ def baton_router(folder: Path, step_s: float) -> Iterator[Running]:
 @contextmanager
 def peer_router(name: str, python: Path, urls: Sequence[str], folder: Path) -> Iterator[Running]:
     port, log = free_port(), folder / f"{name}.log"
-    with started(PEERS[name].command(python, port, urls, folder), log) as process:
-        wait_answer(port, "/health/liveliness" if name == "litellm" else "/health", process, log)
+    peer = PEERS[name]
+    with started(peer.command(python, port, urls, folder), log, peer.environ) as process:
+        wait_answer(port, peer.health, process, log)
         yield Running(name, port, "m", process)
 
 
