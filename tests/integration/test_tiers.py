@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
+from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
 from tests.integration.test_kv_travels import counter
@@ -51,6 +53,26 @@ def wait_for_disk(cluster: Cluster, worker_id: str, blocks: int) -> None:
         return int(cluster.status(worker_id).load.disk_bytes) // BLOCK_BYTES
 
     until(lambda: on_disk() >= blocks, on_disk)
+
+
+def registered(cluster: Cluster) -> dict[str, kvstore_pb2.RegistryUpdate.Change]:
+    with grpc.insecure_channel(cluster.kvstore_address) as channel:
+        registry = kvstore_pb2_grpc.RegistryStub(channel)
+        snapshot = next(iter(registry.Watch(kvstore_pb2.WatchRequest(), timeout=10)))
+    return {change.worker.worker_id: change for change in snapshot.changes}
+
+
+def test_the_registry_is_told_how_fast_tiers_and_peers_are_read(tiered: Cluster) -> None:
+    def rates() -> list[dict[str, float]]:
+        return [dict(change.read_bytes_per_s) for change in registered(tiered).values()]
+
+    until(lambda: all(rates()), rates)
+    found = registered(tiered)
+    assert set(found["hybrid-0"].read_bytes_per_s) == {"hybrid-1"}
+    assert found["hybrid-0"].read_bytes_per_s["hybrid-1"] > 1e6
+    for change in found.values():
+        assert change.worker.host_bytes_per_s > 1e6
+        assert change.worker.disk_bytes_per_s > 1e6
 
 
 def test_a_prefix_comes_back_from_host_memory(tiered: Cluster) -> None:
