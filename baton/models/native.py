@@ -26,8 +26,8 @@ _COMPILE_DEADLINE_S = 120.0
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 #: Outputs that a product computes together; oneDNN packs weights in panels of as many.
 PANEL = 64
-#: Above so many rows oneDNN's own product is faster: it also keeps the rows in cache.
-MOST_ROWS = 32
+#: Above so many rows the arithmetic is the limit, and oneDNN is as fast or faster.
+MOST_ROWS = 12
 
 _ARGUMENTS: dict[str, list[type]] = {
     "linear": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int],
