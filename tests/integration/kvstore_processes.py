@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -34,7 +35,7 @@ async def until(condition: Callable[[], object], what: str) -> None:
         await asyncio.sleep(0.01)
 
 
-class Process:
+class Process(ABC):
     """A process on a fixed port, so that it can come back where it was."""
 
     def __init__(self, log: Path) -> None:
@@ -44,8 +45,9 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._said_before = 0
 
+    @abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """The command line that starts it."""
 
     async def start(self) -> Self:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
