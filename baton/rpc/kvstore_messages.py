@@ -19,7 +19,7 @@ MAX_EVENTS = 16_384
 
 _MAX_NAME = 256
 _MAX_CURVE_POINTS = 256
-_ROLES = {
+ROLES = {
     worker_pb2.ROLE_PREFILL: Role.PREFILL,
     worker_pb2.ROLE_DECODE: Role.DECODE,
     worker_pb2.ROLE_HYBRID: Role.HYBRID,
@@ -125,7 +125,7 @@ def check_worker(worker: kvstore_pb2.Worker) -> None:
     _check_name("worker_id", worker.worker_id)
     _check_name("incarnation", worker.incarnation)
     _check_name("address", worker.address)
-    if worker.role not in _ROLES:
+    if worker.role not in ROLES:
         raise InvalidRequest(f"role {worker.role} is not one of PREFILL, DECODE, HYBRID", field="role")
     for field, curve in (("prefill_curve", worker.prefill_curve), ("decode_curve", worker.decode_curve)):
         sizes = [point.size for point in curve]
@@ -158,7 +158,7 @@ def worker_view(
         worker_id=worker.worker_id,
         incarnation=worker.incarnation,
         address=worker.address,
-        role=_ROLES[worker.role],
+        role=ROLES[worker.role],
         total_blocks=worker.total_blocks,
         free_blocks=load.free_blocks if reported else worker.total_blocks,
         cached_blocks=load.cached_blocks,

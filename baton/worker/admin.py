@@ -8,18 +8,13 @@ from typing import Any
 
 import grpc
 
-from baton.routing.view import Role
+from baton.rpc.kvstore_messages import ROLES
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.wire import layout_to_proto
 from baton.worker.convert import load_to
 from baton.worker.peers import Peers
 from baton.worker.state import WorkerState
 
-ROLES = {
-    worker_pb2.ROLE_PREFILL: Role.PREFILL,
-    worker_pb2.ROLE_DECODE: Role.DECODE,
-    worker_pb2.ROLE_HYBRID: Role.HYBRID,
-}
 ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
 
 
