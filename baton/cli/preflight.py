@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import socket
 from pathlib import Path
 
 from baton.errors import BatonError
 from baton.machine import available_bytes
+from baton.ports import check_free, unused_port
 
 _BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _GIB = 1024**3
@@ -24,13 +24,11 @@ def claim_port(host: str, port: int, flag: str) -> int:
     Raises:
         CannotStart: the port is in use or may not be used, or the host is not this machine.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-            listener.listen(1)
-            return int(listener.getsockname()[1])
+        if port == 0:
+            return unused_port(host)
+        check_free(host, port)
+        return port
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise CannotStart(

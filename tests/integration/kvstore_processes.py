@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -16,14 +15,10 @@ from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from baton.ports import unused_port
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 30.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
@@ -39,7 +34,7 @@ class Process(ABC):
     """A process on a fixed port, so that it can come back where it was."""
 
     def __init__(self, log: Path) -> None:
-        self.port = free_port()
+        self.port = unused_port("127.0.0.1")
         self.address = f"127.0.0.1:{self.port}"
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,7 +113,7 @@ class RedisNodeProcess(RedisProcess):
 
     def __init__(self, log: Path) -> None:
         super().__init__(log)
-        self._bus_port = free_port()
+        self._bus_port = unused_port("127.0.0.1")
 
     def command(self) -> list[str]:
         config = self._log.with_suffix(".nodes")
@@ -173,7 +168,7 @@ class KvstoreProcess(Process):
         self._index_max_bytes = index_max_bytes
         self._redis = redis
         self._ttl_s = ttl_s
-        self._metrics_port = free_port()
+        self._metrics_port = unused_port("127.0.0.1")
 
     def command(self) -> list[str]:
         ports = ["--kvstore-port", str(self.port), "--metrics-port", str(self._metrics_port)]
