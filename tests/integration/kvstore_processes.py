@@ -89,6 +89,13 @@ class RedisProcess(Process):
         where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._log.parent)]
         return ["redis-server", *where, "--save", ""]
 
+    def ask(self, *command: str) -> str:
+        """What redis-cli prints for the command."""
+        cli = ["redis-cli", "-p", str(self.port), *command]
+        return subprocess.run(
+            cli, check=True, capture_output=True, text=True, timeout=DEADLINE_S
+        ).stdout.strip()
+
 
 class SecureRedisProcess(RedisProcess):
     """A redis-server that speaks TLS only and wants a password."""

@@ -1,0 +1,89 @@
+"""Who is in the registry: workers that join, change, stop, die and are replaced, as real processes."""
+
+from __future__ import annotations
+
+import signal
+
+from baton.rpc.v1 import kvstore_pb2, worker_pb2
+from tests.integration.kvstore_processes import (
+    KvstoreProcess,
+    until,
+)
+from tests.integration.kvstore_workers import (
+    Publisher,
+    Recorder,
+    chain,
+    running,
+    watch,
+    worker_process,
+)
+
+
+async def test_a_worker_in_the_registry_is_as_it_said(memory_kvstore: KvstoreProcess) -> None:
+    a, seen = Publisher(memory_kvstore.address, "a"), watch(memory_kvstore)
+    async with running(a.membership, seen):
+        await until(lambda: "a" in seen.peers, "a is known")
+        assert seen.peers["a"].worker == a.worker
+        a.membership.report(worker_pb2.WorkerLoad(running=3, total_blocks=100, free_blocks=7))
+        await until(lambda: seen.views()[0].running == 3 and seen.views()[0].free_blocks == 7, "its load")
+        a.membership.report_reads({"b": 2e9, "c": 0.0})
+        await until(lambda: seen.views()[0].read_bytes_per_s == {"b": 2e9}, "how fast it reads from b")
+        changed = kvstore_pb2.Worker()
+        changed.CopyFrom(a.worker)
+        changed.host_bytes_per_s = 3e9
+        changed.role = worker_pb2.ROLE_PREFILL
+        a.membership.change(worker=changed, draining=True)
+        await until(lambda: seen.peers["a"].worker == changed and seen.views()[0].draining, "its new role")
+        assert (seen.views()[0].host_bytes_per_s, seen.views()[0].disk_bytes_per_s) == (3e9, 0.0)
+        assert seen.views()[0].read_bytes_per_s == {"b": 2e9}
+        assert seen.connected
+        assert seen.lag_s == 0.0
+    assert not seen.connected
+
+
+async def test_a_killed_worker_is_gone_with_its_blocks_and_a_new_one_replaces_it(
+    kvstore: KvstoreProcess,
+) -> None:
+    heard = Recorder()
+    seen = watch(kvstore, heard)
+    ids = [number.to_bytes(16, "big") for number in range(100)]
+    async with running(seen):
+        async with worker_process(kvstore, "1") as process:
+            await until(lambda: seen.index.lookup(ids) == {"w": 100}, "the worker is known")
+            process.send_signal(signal.SIGKILL)
+            await until(lambda: not seen.peers and not seen.index.lookup(ids), "the worker is gone")
+        async with worker_process(kvstore, "2"):
+            await until(lambda: seen.index.lookup(ids) == {"w": 100}, "the new one is known")
+        await until(lambda: not seen.peers, "gone again")
+    assert heard.heard == ["added w/1", "gone w/1", "added w/2", "gone w/2"]
+
+
+async def test_a_stopped_worker_is_gone_after_its_ttl_and_back_when_it_goes_on(
+    memory_kvstore: KvstoreProcess,
+) -> None:
+    seen = watch(memory_kvstore)
+    async with running(seen), worker_process(memory_kvstore, "1") as process:
+        await until(lambda: seen.peers, "the worker is known")
+        process.send_signal(signal.SIGSTOP)
+        await until(lambda: not seen.peers, "the worker is gone")
+        process.send_signal(signal.SIGCONT)
+        await until(lambda: seen.peers, "the worker is back")
+
+
+async def test_a_later_process_takes_over_a_worker_id_for_good(memory_kvstore: KvstoreProcess) -> None:
+    old, new = Publisher(memory_kvstore.address, "a", "old"), Publisher(memory_kvstore.address, "a", "new")
+    heard = Recorder()
+    seen = watch(memory_kvstore, heard)
+    async with running(old.membership, seen):
+        old.store(1, 1)
+        await until(lambda: seen.index.lookup(chain(1, 1)) == {"a": 2}, "the old one is known")
+        async with running(new.membership):
+            new.store(2)
+            await until(lambda: seen.index.lookup(chain(2)) == {"a": 1}, "the new one is known")
+            assert seen.index.lookup(chain(1, 1)) == {}
+            await until(lambda: not old.membership.connected, "the old one is out")
+            old.store(0)
+            new.store(2, 2)
+            await until(lambda: seen.index.lookup(chain(2, 2)) == {"a": 2}, "the new one publishes")
+            assert seen.index.lookup(chain(0)) == {}
+            assert heard.heard == ["added a/old", "gone a/old", "added a/new"]
