@@ -3,8 +3,8 @@
     PYTHON benchmarks/engine_subjects.py ENGINE MODEL DTYPE DEVICE
 
 Reads {"prefill": tokens} or {"decode": batch} as lines of JSON, answers with seconds: of a prompt up to its
-first token, or of one decode step of so many sequences. The first line written names the version. Imports
-baton only for baton, so that a peer may live in an environment of its own.
+first token, or of one decode step of so many sequences, the mean of "steps" if given. The first line written
+names the version. Imports baton only for baton, so that a peer may live in an environment of its own.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def main() -> None:
         prompts = [[draw.randrange(3, VOCAB) for _ in range(length)] for _ in range(batch)]
         seconds = timed(subject, prompts, 1)
         if "decode" in asked:
-            seconds = (timed(subject, prompts, 1 + DECODE_STEPS) - seconds) / DECODE_STEPS
+            steps = asked.get("steps", DECODE_STEPS)
+            seconds = (timed(subject, prompts, 1 + steps) - seconds) / steps
         answers.write(json.dumps(seconds) + "\n")
 
 
