@@ -14,10 +14,11 @@ from baton.errors import UnsupportedModel
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
 """Files of a model that a process without weights needs."""
 
-_PATTERNS = (*CONFIG_PATTERNS, "*.safetensors")
+PATTERNS = (*CONFIG_PATTERNS, "*.safetensors")
+"""Files of a model that a worker needs."""
 
 
-def model_folder(model: str, patterns: Sequence[str] = _PATTERNS) -> Path:
+def model_folder(model: str, patterns: Sequence[str] = PATTERNS) -> Path:
     """The folder with config.json, tokenizer and weights; downloads a Hugging Face id on first use.
 
     Args:

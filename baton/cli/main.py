@@ -8,6 +8,7 @@ from baton import __version__
 from baton.cli.chat import chat
 from baton.cli.config import config
 from baton.cli.doctor import doctor
+from baton.cli.fetch import fetch
 from baton.cli.profile import profile
 from baton.cli.run import PROCESS_COMMANDS
 from baton.cli.up import up
@@ -19,7 +20,7 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (up, chat, doctor, config, profile, *PROCESS_COMMANDS):
+for command in (up, chat, doctor, config, fetch, profile, *PROCESS_COMMANDS):
     main.add_command(command)
 
 
