@@ -13,35 +13,9 @@ from rich.table import Table
 from baton.cli.options import settings_options
 from baton.cli.run import WORKER_EXTRA, worker_extra_missing
 from baton.config import Settings
+from baton.profile import DecodePoint, PrefillPoint, Profile
 
 CONTEXTS = (64, 512, 2048)
-
-
-class PrefillPoint(msgspec.Struct, frozen=True):
-    """One prompt of `tokens` tokens, nothing of it cached."""
-
-    tokens: int
-    seconds: float
-
-
-class DecodePoint(msgspec.Struct, frozen=True):
-    """One step of `batch` requests that have `context` tokens each."""
-
-    batch: int
-    context: int
-    seconds: float
-
-
-class Profile(msgspec.Struct, frozen=True):
-    """What `baton profile` writes."""
-
-    model: str
-    device: str
-    dtype: str
-    threads: int
-    versions: dict[str, str]
-    prefill: list[PrefillPoint]
-    decode: list[DecodePoint]
 
 
 @click.command()
