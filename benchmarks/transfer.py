@@ -26,20 +26,21 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import torch
+from exposed import exposed_figures
 from rich.console import Console
 from rich.table import Table
+from served import Figure, figure, print_report
 
 from baton.kv.hashing import KvLayout
 from baton.transfer import create_transfer
@@ -49,6 +50,7 @@ BLOCK_BYTES = 64 * 1024
 NETWORKS = {"any": "", "tcp": "tcp,self"}
 PEER = f"nixl {version('nixl')} nixl_agent()"
 MIB = 1024 * 1024
+GOAL = 0.9
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Measured:
 
 
 def cases(quick: bool) -> list[Case]:
-    sizes = [1, 16, 1024] if quick else [1, 16, 256, 1024, 4096]
+    sizes = [1, 16, 64, 256, 1024] if quick else [1, 4, 16, 64, 256, 1024, 4096]
     return [
         Case(blocks, scattered)
         for blocks in sizes
@@ -138,14 +140,29 @@ def idle(pipe: Connection, seconds: float) -> tuple[float, float]:
     return (time.process_time() - ours) / seconds, (source() - theirs) / seconds
 
 
-def median_seconds(read: Callable[[], object], case: Case, quick: bool) -> float:
+def more(taken: list[float], quick: bool) -> bool:
+    """Whether more reads are to be measured after these."""
     budget_s = 0.3 if quick else 2.0
+    return len(taken) < 3 or (sum(taken) < budget_s and len(taken) < 1000)
+
+
+def median_seconds(read: Callable[[], object], quick: bool) -> float:
     read()
     taken: list[float] = []
-    started = time.perf_counter()
-    while len(taken) < 3 or (time.perf_counter() - started < budget_s and len(taken) < 1000):
+    while more(taken, quick):
         before = time.perf_counter()
         read()
+        taken.append(time.perf_counter() - before)
+    return statistics.median(taken)
+
+
+async def median_awaited(read: Callable[[], Awaitable[object]], quick: bool) -> float:
+    """As `median_seconds`, inside a running loop, as a worker reads."""
+    await read()
+    taken: list[float] = []
+    while more(taken, quick):
+        before = time.perf_counter()
+        await read()
         taken.append(time.perf_counter() - before)
     return statistics.median(taken)
 
@@ -162,10 +179,10 @@ def measure_baton(pipe: Connection, quick: bool) -> Measured:
         for case in cases(quick):
             named = case.source_blocks
 
-            def read(named: list[int] = named) -> object:
-                return runner.run(transfer.read(description.agent_name, named, named, 60))
+            def read(named: list[int] = named) -> Awaitable[object]:
+                return transfer.read(description.agent_name, named, named, 60)
 
-            seconds.append(median_seconds(read, case, quick))
+            seconds.append(runner.run(median_awaited(read, quick)))
         reader, source = idle(pipe, 1.0 if quick else 3.0)
     transfer.close()
     return Measured(seconds, reader, source)
@@ -199,7 +216,7 @@ def measure_peer(pipe: Connection, quick: bool) -> Measured:
                 raise RuntimeError(f"the peer's read ended with {state}")
             agent.release_xfer_handle(handle)
 
-        seconds.append(median_seconds(read, case, quick))
+        seconds.append(median_seconds(read, quick))
     reader, source = idle(pipe, 1.0 if quick else 3.0)
     return Measured(seconds, reader, source)
 
@@ -213,7 +230,7 @@ def measure_memcpy(quick: bool) -> list[float]:
         end = step * case.blocks
         return lambda: here[0:end:step].copy_(there[0:end:step])
 
-    return [median_seconds(copy(case), case, quick) for case in cases(quick)]
+    return [median_seconds(copy(case), quick) for case in cases(quick)]
 
 
 def child(who: str, quick: bool) -> None:
@@ -240,19 +257,6 @@ def measure(who: str, network: str, quick: bool) -> Measured:
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def figure(
-    name: str, value: float, unit: str, goal: str | None, met: bool | None, peer: str
-) -> dict[str, object]:
-    return {
-        "figure": name,
-        "value": float(f"{value:.4g}"),
-        "unit": unit,
-        "goal": goal,
-        "met": met,
-        "peer": peer,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats, under a minute")
@@ -264,7 +268,7 @@ def main() -> None:
     quick = arguments.quick
     torch.set_num_threads(1)
     memcpy = measure_memcpy(quick)
-    figures: list[dict[str, object]] = []
+    figures: list[Figure] = []
     console = Console()
     for network in NETWORKS:
         baton, peer = measure("baton", network, quick), measure("peer", network, quick)
@@ -289,41 +293,28 @@ def main() -> None:
                 f"{speed / 1e9:.2f}",
                 f"{ratio:.2f}",
             )
-            if case.bytes >= 16 * MIB:  # below, a thread's wake-up outweighs the bytes: see the latency
-                name = f"{network}_read_{case.name}"
-                figures.append(figure(f"{name}_vs_peer", ratio, "ratio", ">= 0.9", ratio >= 0.9, PEER))
-                figures.append(figure(f"{name}_vs_memcpy", copy / ours, "ratio", None, None, "torch copy_"))
-                figures.append(
-                    figure(name, speed, "bytes/s", None, None, f"{PEER}: {case.bytes / theirs:.4g}")
-                )
+            name = f"{network}_read_{case.name}"
+            goal = GOAL if case.bytes >= 4 * MIB else None
+            figures.append(figure(f"{name}_vs_peer", ratio, "ratio", at_least=goal, peer=PEER))
+            figures.append(figure(f"{name}_vs_memcpy", copy / ours, "ratio", peer="torch copy_"))
+            figures.append(figure(name, speed, "bytes/s", peer=f"{PEER}: {case.bytes / theirs:.4g}"))
         console.print(table)
         small = baton.seconds[0]
         theirs = peer.seconds[0]
         figures.append(
-            figure(f"{network}_latency_64KiB", small, "s", "<= 0.001", small <= 1e-3, f"{PEER}: {theirs:.4g}")
+            figure(f"{network}_latency_64KiB", small, "s", at_most=1e-3, peer=f"{PEER}: {theirs:.4g}")
         )
         for side in ("reader", "source"):
             ours, theirs = getattr(baton, f"idle_{side}"), getattr(peer, f"idle_{side}")
             console.print(f"idle CPU of the {side}: baton {ours:.4f} of a core, {PEER} {theirs:.4f}")
             figures.append(
                 figure(
-                    f"{network}_idle_cpu_{side}",
-                    ours,
-                    "cores",
-                    "<= 0.01",
-                    ours <= 0.01,
-                    f"{PEER}: {theirs:.4f}",
+                    f"{network}_idle_cpu_{side}", ours, "cores", at_most=0.01, peer=f"{PEER}: {theirs:.4f}"
                 )
             )
-    report = {
-        "benchmark": "transfer",
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("nixl", "torch")}
-        | {"python": platform.python_version()},
-        "path": loopback_check().path,
-        "figures": figures,
-    }
-    print(json.dumps(report))
+    figures += exposed_figures(console, quick)
+    console.print(f"path between processes of this machine: {loopback_check().path}")
+    print_report("transfer", figures, {"nixl": version("nixl")})
 
 
 if __name__ == "__main__":

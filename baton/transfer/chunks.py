@@ -14,6 +14,8 @@ CHUNK_BYTES = 64 * 1024 * 1024
 """Bytes asked for at once. What is asked for cannot be taken back, so this bounds how long a cancelled read
 lingers (70 ms at TCP's 1 GB/s) and how long one read keeps others waiting; smaller gains nothing."""
 
+Ranges = list[tuple[int, int, int]]
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -39,48 +41,37 @@ def chunks_of(
     """Chunks that together copy every pair of blocks once.
 
     Pairs are taken in order of their source, and neighbours that are neighbours on both sides become one
-    range.
+    range. Most reads are of few blocks, where a loop is faster than array operations.
     """
-    order = np.argsort(np.asarray(source_blocks, dtype=np.int64), kind="stable")
-    sources = np.asarray(source_blocks, dtype=np.int64)[order]
-    destinations = np.asarray(destination_blocks, dtype=np.int64)[order]
+    pairs = sorted(zip(source_blocks, destination_blocks, strict=True))
     blocks_per_chunk = max(1, CHUNK_BYTES // block_bytes)
     return [
-        _chunk(
-            sources[at : at + blocks_per_chunk],
-            destinations[at : at + blocks_per_chunk],
-            block_bytes,
-            source,
-            destination,
-        )
-        for at in range(0, len(sources), blocks_per_chunk)
+        _chunk(pairs[at : at + blocks_per_chunk], block_bytes, source, destination)
+        for at in range(0, len(pairs), blocks_per_chunk)
     ]
 
 
-def _chunk(
-    sources: npt.NDArray[np.int64],
-    destinations: npt.NDArray[np.int64],
-    block_bytes: int,
-    source: Side,
-    destination: Side,
-) -> Chunk:
-    broken = (np.diff(sources) != 1) | (np.diff(destinations) != 1)
-    starts = np.concatenate(([0], np.flatnonzero(broken) + 1))
-    blocks = np.diff(np.append(starts, len(sources)))
+def _chunk(pairs: Sequence[tuple[int, int]], block_bytes: int, source: Side, destination: Side) -> Chunk:
+    here: Ranges = []
+    there: Ranges = []
+    first = last = pairs[0]
+    for pair in pairs[1:]:
+        if pair[0] != last[0] + 1 or pair[1] != last[1] + 1:
+            _add(there, source, first[0], last[0], block_bytes)
+            _add(here, destination, first[1], last[1], block_bytes)
+            first = pair
+        last = pair
+    _add(there, source, first[0], last[0], block_bytes)
+    _add(here, destination, first[1], last[1], block_bytes)
     return Chunk(
-        source=_ranges(sources[starts], blocks, block_bytes, source),
+        source=np.array(there, dtype=np.uint64),
         source_memory=source.memory_type,
-        destination=_ranges(destinations[starts], blocks, block_bytes, destination),
+        destination=np.array(here, dtype=np.uint64),
         destination_memory=destination.memory_type,
-        bytes=len(sources) * block_bytes,
+        bytes=len(pairs) * block_bytes,
     )
 
 
-def _ranges(
-    first_blocks: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64], block_bytes: int, side: Side
-) -> npt.NDArray[np.uint64]:
-    ranges = np.empty((len(first_blocks), 3), dtype=np.uint64)
-    ranges[:, 0] = np.uint64(side.address) + first_blocks.astype(np.uint64) * np.uint64(block_bytes)
-    ranges[:, 1] = blocks.astype(np.uint64) * np.uint64(block_bytes)
-    ranges[:, 2] = side.device_id
-    return ranges
+def _add(ranges: Ranges, side: Side, first: int, last: int, block_bytes: int) -> None:
+    """Append the range of the blocks `first` to `last`."""
+    ranges.append((side.address + first * block_bytes, (last - first + 1) * block_bytes, side.device_id))

@@ -18,6 +18,7 @@ import torch
 from baton.kv.hashing import KvLayout
 from baton.transfer.agent import Agent
 from baton.transfer.base import (
+    WARM_UP_BYTES,
     Pool,
     PoolDescription,
     ReadReport,
@@ -60,9 +61,9 @@ class NixlTransfer(Transfer):
             blocks = range(min(most, peer.total_blocks))
             return chunks_of(blocks, blocks, peer.layout.block_bytes, peer.side, self._reader.scratch)
 
-        await self._reader.read(agent_name, lambda peer: plan(peer, 1), timeout_s)
+        await self._reader.read(agent_name, lambda peer: plan(peer, 1), timeout_s, WARM_UP_BYTES)
         return await self._reader.read(
-            agent_name, lambda peer: plan(peer, self._reader.scratch_blocks), timeout_s
+            agent_name, lambda peer: plan(peer, self._reader.scratch_blocks), timeout_s, WARM_UP_BYTES
         )
 
     async def read(
@@ -77,7 +78,8 @@ class NixlTransfer(Transfer):
             block_bytes = peer.layout.block_bytes
             return chunks_of(source_blocks, destination_blocks, block_bytes, peer.side, self._pool.side)
 
-        return await self._reader.read(agent_name, plan, timeout_s)
+        size_bytes = len(source_blocks) * self._pool.layout.block_bytes
+        return await self._reader.read(agent_name, plan, timeout_s, size_bytes)
 
     def close(self) -> None:
         self._reader.close()
