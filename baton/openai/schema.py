@@ -77,6 +77,7 @@ class CompletionRequest(RequestFields, kw_only=True):
     prompt: str | list[str | Count | list[Count]]
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
+    max_completion_tokens: Count | None = None  # of chats, but some clients send it here too
 
 
 class TextPart(Struct, forbid_unknown_fields=True):

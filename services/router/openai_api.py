@@ -96,7 +96,8 @@ class OpenAiApi:
         caller = self._caller(request, exchange)
         limits = self._frontend.limits()
         prompts = await self._prompts(request, limits)
-        wanted = 1 if _only_echoes(request) else request.max_tokens
+        asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+        wanted = 1 if _only_echoes(request) else asked
         budget = OutputBudget("max_tokens", wanted, _COMPLETION_TOKENS)
         if request.echo and request.logprobs is not None:
             request.prompt_logprobs = max(request.logprobs, request.prompt_logprobs or 0)

@@ -194,6 +194,15 @@ async def test_chat_logprobs_and_prompt_logprobs(http: httpx.AsyncClient, worker
     assert named.json()["choices"][0]["logprobs"]["content"][0]["token"].startswith("token_id:")
 
 
+async def test_a_completion_may_name_its_budget_as_chats_do(http: httpx.AsyncClient) -> None:
+    body = {"prompt": "Hi there", "max_completion_tokens": 3, "ignore_eos": True}
+    counts = [
+        (await http.post("/v1/completions", json=asked)).json()["usage"]["completion_tokens"]
+        for asked in (body, {**body, "max_tokens": 2})
+    ]
+    assert counts == [3, 2]
+
+
 async def test_harmless_and_empty_fields_are_accepted(http: httpx.AsyncClient) -> None:
     body = {
         "messages": [
