@@ -87,6 +87,10 @@ class PrefixIndex:
         self._newest = 2
         self.evicted = 0
         """Entries given up to the bound so far."""
+        self.keep_found = False
+        """Whether to keep what lookups find for `take_found`."""
+        self._found: list[Sequence[bytes]] = []
+        self._found_blocks = 0
 
     def apply(self, message: WorkerEvents) -> Verdict:
         """Take one message. RESYNC means that the caller must subscribe again; nothing was changed."""
@@ -119,7 +123,16 @@ class PrefixIndex:
         if self._touching and held and self._used_blocks + len(block_ids) <= _MAX_WAITING_BLOCKS:
             self._used.append(block_ids)
             self._used_blocks += len(block_ids)
+        if self.keep_found and held and self._found_blocks + len(block_ids) <= _MAX_WAITING_BLOCKS:
+            self._found.append(block_ids)
+            self._found_blocks += len(block_ids)
         return held
+
+    def take_found(self) -> list[Sequence[bytes]]:
+        """The chains that lookups have found, in part or whole, since the last call: as many as fit
+        65,536 blocks."""
+        found, self._found, self._found_blocks = self._found, [], 0
+        return found
 
     def lookup_tiers(self, block_ids: Sequence[bytes]) -> dict[str, TierCounts]:
         """Like `lookup`, with how many of the leading blocks lie in which tier.

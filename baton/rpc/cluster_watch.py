@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import TypeAlias
 
 import grpc
 
@@ -11,13 +12,17 @@ from baton.errors import InvalidRequest
 from baton.kv.events import Verdict
 from baton.kv.index import PrefixIndex
 from baton.rpc.kvstore_client import REPLY_TIMEOUT_S, ConnectionLost, Retry
-from baton.rpc.kvstore_messages import decode_events
+from baton.rpc.kvstore_messages import decode_events, encode_chains
 from baton.rpc.registry_watch import Peer, PeerListener, RegistryWatch
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 __all__ = ["ClusterWatch", "Peer", "PeerListener"]
 
 log = logging.getLogger(__name__)
+
+Updates: TypeAlias = "grpc.aio.UnaryStreamCall[kvstore_pb2.SubscribeRequest, kvstore_pb2.IndexUpdate]"
+
+_REPORT_FOUND_INTERVAL_S = 0.5
 
 
 class ClusterWatch(RegistryWatch):
@@ -58,16 +63,17 @@ class ClusterWatch(RegistryWatch):
                     kvstore_pb2.SubscribeRequest(), wait_for_ready=True
                 )
                 try:
-                    await self._take_updates(updates, retry)
+                    async with asyncio.TaskGroup() as tasks:
+                        await self._take_updates(updates, channel, tasks, retry)
                 finally:
                     self._note_current()
                     self._index_live = False
+                    self.index.keep_found = False
+                    self.index.take_found()
                     updates.cancel()
 
     async def _take_updates(
-        self,
-        updates: grpc.aio.UnaryStreamCall[kvstore_pb2.SubscribeRequest, kvstore_pb2.IndexUpdate],
-        retry: Retry,
+        self, updates: Updates, channel: grpc.aio.Channel, tasks: asyncio.TaskGroup, retry: Retry
     ) -> None:
         listed: set[str] = set()
         stream = aiter(updates)
@@ -84,12 +90,28 @@ class ClusterWatch(RegistryWatch):
                 # Blocks of workers that went while nobody listened.
                 for worker_id in set(self.index.workers()) - listed - self._peers.keys():
                     self.index.drop(worker_id)
+            elif update.report_found:
+                if not self.index.keep_found:
+                    self.index.keep_found = True
+                    tasks.create_task(self._report_found(channel))
             elif update.gone:
                 if self.index.incarnation(update.events.worker_id) == update.events.incarnation:
                     self.index.drop(update.events.worker_id)
             else:
                 listed.add(update.events.worker_id)
                 self._take_events(update.events)
+
+    async def _report_found(self, channel: grpc.aio.Channel) -> None:
+        """Tell the kvstore, whose index is filling up, what is of use here."""
+        call = kvstore_pb2_grpc.PrefixIndexStub(channel).ReportFound()
+        try:
+            while True:
+                await asyncio.sleep(_REPORT_FOUND_INTERVAL_S)
+                for message in encode_chains(self.index.take_found()):
+                    async with asyncio.timeout(REPLY_TIMEOUT_S):
+                        await call.write(message)
+        finally:
+            call.cancel()
 
     def _take_events(self, wire: kvstore_pb2.IndexEvents) -> None:
         try:

@@ -28,6 +28,11 @@ MAX_PEERS = 1024
 _LOAD_INTERVAL_S = 0.05
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 1.0
+_REFUSALS = (
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
 
 
 class ConnectionLost(Exception):
@@ -64,21 +69,32 @@ class Retry:
             if not self._told:
                 self._told = True
                 log.warning(
-                    "%s: the kvstore at %s is away, going on without it: %s",
+                    "%s: the kvstore at %s %s, going on without it: %s",
                     self._what,
                     self._address,
+                    "refuses" if _refused(group) else "is away",
                     _reason(group),
                 )
             await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))
             self._pause_s = min(2 * self._pause_s, _LAST_RETRY_S)
 
 
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _refused(group: BaseException) -> bool:
+    error = _first(group)
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _REFUSALS
+
+
 def _reason(group: BaseException) -> str:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    if isinstance(group, grpc.aio.AioRpcError):
-        return f"{group.code().name}: {group.details()}"
-    return str(group) or "no answer in time"
+    error = _first(group)
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or "no answer in time"
 
 
 class _Bell:

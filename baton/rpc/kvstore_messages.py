@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from baton.errors import InvalidRequest
@@ -94,17 +94,44 @@ def decode_events(wire: kvstore_pb2.IndexEvents) -> WorkerEvents:
     return message
 
 
+def encode_chains(chains: Iterable[Sequence[bytes]]) -> Iterator[kvstore_pb2.FoundChains]:
+    """Chains of block ids as messages of at most `MAX_BLOCKS` ids; longer chains are cut off at that."""
+    packed: list[bytes] = []
+    blocks = 0
+    for chain in chains:
+        ids = chain[:MAX_BLOCKS]
+        if blocks + len(ids) > MAX_BLOCKS:
+            yield kvstore_pb2.FoundChains(chains=packed)
+            packed, blocks = [], 0
+        packed.append(b"".join(ids))
+        blocks += len(ids)
+    if packed:
+        yield kvstore_pb2.FoundChains(chains=packed)
+
+
+def decode_chains(wire: kvstore_pb2.FoundChains) -> list[PackedIds]:
+    """The chains of a message.
+
+    Raises:
+        InvalidRequest: ids are not whole, or there are more than one message may carry.
+    """
+    if sum(map(len, wire.chains)) > MAX_BLOCKS * BLOCK_ID_BYTES:
+        raise InvalidRequest(f"chains: at most {MAX_BLOCKS} block ids in one message", field="chains")
+    return [_ids("chains", raw) for raw in wire.chains]
+
+
+def _ids(field: str, raw: bytes) -> PackedIds:
+    if len(raw) % BLOCK_ID_BYTES:
+        raise InvalidRequest(f"{field} has {len(raw)} bytes, not a multiple of {BLOCK_ID_BYTES}", field=field)
+    return PackedIds(raw)
+
+
 def _decode_event(wire: kvstore_pb2.IndexEvent) -> Event:
     if wire.kind == kvstore_pb2.IndexEvent.CLEARED:
         return Cleared(None if wire.tier == kvstore_pb2.TIER_UNSPECIFIED else _tier(wire.tier))
     if wire.kind not in (kvstore_pb2.IndexEvent.STORED, kvstore_pb2.IndexEvent.REMOVED):
         raise InvalidRequest(f"kind {wire.kind} is not one of STORED, REMOVED, CLEARED", field="kind")
-    raw = wire.block_ids
-    if len(raw) % BLOCK_ID_BYTES:
-        raise InvalidRequest(
-            f"block_ids has {len(raw)} bytes, not a multiple of {BLOCK_ID_BYTES}", field="block_ids"
-        )
-    ids = PackedIds(raw)
+    ids = _ids("block_ids", wire.block_ids)
     tier = _tier(wire.tier)
     return Stored(ids, tier) if wire.kind == kvstore_pb2.IndexEvent.STORED else Removed(ids, tier)
 

@@ -44,7 +44,7 @@ async def serve(settings: Settings) -> None:
     async with Server() as server:
         server.add(
             kvstore_pb2_grpc.add_RegistryServicer_to_server,
-            RegistryServicer(state, chosen.worker_ttl_s),
+            RegistryServicer(state, metrics, chosen.worker_ttl_s),
             "baton.v1.Registry",
         )
         server.add(

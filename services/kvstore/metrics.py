@@ -34,7 +34,12 @@ class Metrics:
         )
         self.slow_subscribers = Counter(
             "baton_kvstore_slow_subscribers",
-            "Subscriptions ended because their reader fell behind.",
+            "Subscriptions and watches ended because their reader fell behind.",
+            registry=self.registry,
+        )
+        self.found_chains = Counter(
+            "baton_kvstore_found_chains",
+            "Chains that routers said they had found, which they do while the index is more than half full.",
             registry=self.registry,
         )
         self.messages = Counter(
@@ -71,6 +76,16 @@ class RedisMetrics:
         )
         self.failures = Counter(
             "baton_kvstore_redis_failures", "Rounds of Redis reads or writes that failed.", registry=registry
+        )
+        self.lag_s = Gauge(
+            "baton_kvstore_redis_lag_seconds",
+            "Age of the oldest change that Redis does not have yet; 0 while it has everything.",
+            registry=registry,
+        )
+        self.lost = Counter(
+            "baton_kvstore_redis_lost_writes",
+            "Workers written anew because Redis no longer had what was written.",
+            registry=registry,
         )
         self.blocks = Counter(
             "baton_kvstore_redis_blocks", "Block entries written to Redis.", registry=registry

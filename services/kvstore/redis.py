@@ -7,12 +7,12 @@ on one node of a Redis Cluster.
     baton:1:{<worker id>}:member hash     `change`: a RegistryUpdate.Change as protobuf
                                           `incarnation`, `sequence`: how far `blocks` has come;
                                           sequence is `partial` while several writes make up one step
+                                          `blocks`: how many blocks there are
     baton:1:{<worker id>}:blocks hash     block id (16 bytes) -> tiers, the sum of 1 << tier as decimal
 
 Both keys of a worker expire `RETENTION_S` after its last sign of life. Every write is one script that
-checks where the key stands before it moves it, so a worker's blocks and sequence always agree, and a
-Redis that lost writes is noticed and written anew. One kvstore writes at a time; two clusters share a
-Redis by using different databases of it (the number that ends the URL).
+checks where the keys stand before it moves them, so a worker's blocks and sequence always agree, and a
+Redis that lost writes is noticed and written anew. docs/redis.md is the operator's page about all this.
 """
 
 from __future__ import annotations
@@ -23,47 +23,52 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from time import monotonic
 from typing import Any, cast
 
 from google.protobuf.message import DecodeError
 from redis.exceptions import RedisClusterException, RedisError
 
 from baton.errors import InvalidRequest
-from baton.kv.events import Position, Tier
-from baton.kv.hashing import BLOCK_ID_BYTES
+from baton.kv.events import PackedIds, Position
 from baton.rpc.kvstore_messages import check_worker
 from baton.rpc.v1 import kvstore_pb2
 from services.kvstore.backend import Backend
-from services.kvstore.member import Holdings, Member
+from services.kvstore.holdings import Holdings
+from services.kvstore.member import Member
 from services.kvstore.metrics import RedisMetrics
 from services.kvstore.redis_url import TIMEOUT_S, connect
 
 log = logging.getLogger(__name__)
 
 PREFIX = "baton:1:"
+_WORKERS = f"{PREFIX}workers"
 RETENTION_S = 300
 _PARTIAL = "partial"
 _BLOCKS_PER_WRITE = 4096
-_WRITES_PER_ROUND = 16
-_SCAN_COUNT = 4096
+_BLOCKS_PER_BATCH = 65_536
+_WRITES_PER_BATCH = 512
+_REMOVALS_PER_BATCH = 64
+_MAX_GONE = 10_000
+_BLOCKS_PER_READ = 4096
 _LOAD_TIMEOUT_S = 10.0
 _ROUND_PAUSE_S = 0.05
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 8.0
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
-_ALL_TIERS = sum(1 << tier for tier in Tier)
 
 # KEYS: member, blocks. ARGV: mode, incarnation, expected sequence, new sequence, retention, change,
 # then pairs of block id and tiers (0: remove). Returns 0 when the keys are not where they should be.
 _WRITE = """
 local mode, incarnation = ARGV[1], ARGV[2]
-if mode == 'replace' then
-  redis.call('UNLINK', KEYS[2])
-else
-  local at = redis.call('HMGET', KEYS[1], 'incarnation', 'sequence')
-  if at[1] ~= incarnation or at[2] ~= ARGV[3] then return 0 end
+if mode ~= 'replace' then
+  local at = redis.call('HMGET', KEYS[1], 'incarnation', 'sequence', 'blocks')
+  local there = tostring(redis.call('HLEN', KEYS[2]))
+  if at[1] ~= incarnation or at[2] ~= ARGV[3] or at[3] ~= there then return 0 end
 end
+-- First, as a full Redis refuses this: so nothing is lost that cannot be written anew.
 redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'sequence', ARGV[4], 'change', ARGV[6])
+if mode == 'replace' then redis.call('UNLINK', KEYS[2]) end
 local held, gone = {}, {}
 for i = 7, #ARGV, 2 do
   if ARGV[i + 1] == '0' then gone[#gone + 1] = ARGV[i]
@@ -71,17 +76,34 @@ for i = 7, #ARGV, 2 do
 end
 for i = 1, #held, 1000 do redis.call('HSET', KEYS[2], unpack(held, i, math.min(i + 999, #held))) end
 for i = 1, #gone, 1000 do redis.call('HDEL', KEYS[2], unpack(gone, i, math.min(i + 999, #gone))) end
+redis.call('HSET', KEYS[1], 'blocks', redis.call('HLEN', KEYS[2]))
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
 return 1
 """
 
-# KEYS: member, blocks. ARGV: incarnation. A later incarnation's keys stay.
+# KEYS: member, blocks. ARGV: incarnation. A later incarnation's keys stay. However many blocks there are,
+# this is short work: another thread of Redis frees what is unlinked.
 _REMOVE = """
 local at = redis.call('HGET', KEYS[1], 'incarnation')
 if at and at ~= ARGV[1] then return 0 end
 redis.call('UNLINK', KEYS[1], KEYS[2])
 return 1
+"""
+
+# KEYS: blocks. ARGV: cursor, count. Returns the next cursor, block ids end to end, and a byte of tiers for
+# each: one long string is read much sooner than thousands of short ones.
+_READ = """
+local page = redis.call('HSCAN', KEYS[1], ARGV[1], 'COUNT', ARGV[2])
+local ids, tiers = {}, {}
+for i = 1, #page[2], 2 do
+  local block, held = page[2][i], tonumber(page[2][i + 1])
+  if #block == 16 and held and held < 256 then
+    ids[#ids + 1] = block
+    tiers[#tiers + 1] = string.char(held)
+  end
+end
+return {page[1], table.concat(ids), table.concat(tiers)}
 """
 
 
@@ -122,9 +144,17 @@ class RedisBackend(Backend):
         self._metrics = metrics
         self._mirrors: dict[str, _Mirror] = {}
         self._dirty: dict[str, None] = {}
-        self._gone: dict[str, Member] = {}
+        self._gone: dict[str, str] = {}
         self._work = asyncio.Event()
         self._up = True
+        self._lost = False
+        self._told_of_loss = False
+        self._behind_since: float | None = None
+        metrics.lag_s.set_function(self._lag_s)
+
+    def _lag_s(self) -> float:
+        since = self._behind_since
+        return 0.0 if since is None else monotonic() - since
 
     # ---- notes --------------------------------------------------------------------------------
 
@@ -152,11 +182,18 @@ class RedisBackend(Backend):
     def member_gone(self, member: Member) -> None:
         self._mirrors.pop(member.worker_id, None)
         self._dirty.pop(member.worker_id, None)
-        self._gone[member.worker_id] = member
-        self._work.set()
+        self._gone[member.worker_id] = member.incarnation
+        if len(self._gone) > _MAX_GONE:
+            del self._gone[next(iter(self._gone))]  # its keys expire
+        self._wake()
 
     def _note(self, worker_id: str) -> None:
         self._dirty[worker_id] = None
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._behind_since is None:
+            self._behind_since = monotonic()
         self._work.set()
 
     # ---- writing ------------------------------------------------------------------------------
@@ -169,7 +206,10 @@ class RedisBackend(Backend):
                 self._work.clear()
                 await self._round()
                 # What failed is written anew as a whole, so a Redis in trouble is not pressed.
-                pause_s = _ROUND_PAUSE_S if self._up else max(_FIRST_RETRY_S, min(2 * pause_s, _LAST_RETRY_S))
+                if self._up and not self._lost:
+                    pause_s = _ROUND_PAUSE_S
+                else:
+                    pause_s = max(_FIRST_RETRY_S, min(2 * pause_s, _LAST_RETRY_S))
                 await asyncio.sleep(pause_s)
         finally:
             # The last moments. Which writes of a round cut short have arrived is not known, so every
@@ -184,6 +224,8 @@ class RedisBackend(Backend):
 
     async def _round(self) -> None:
         """Write everything noted so far; on failure leave it noted."""
+        began_s = monotonic()
+        self._lost = False
         try:
             await self._carry_over()
         except _FAILURES as error:
@@ -195,6 +237,9 @@ class RedisBackend(Backend):
             self._work.set()
         else:
             self._set_up(True)
+            self._told_of_loss = self._told_of_loss and self._lost
+            if not self._lost:
+                self._behind_since = began_s if self._dirty or self._gone else None
 
     def _set_up(self, up: bool, error: Exception | None = None) -> None:
         if not up and self._up:
@@ -205,20 +250,38 @@ class RedisBackend(Backend):
         self._metrics.up.set(up)
 
     async def _carry_over(self) -> None:
-        for worker_id, member in list(self._gone.items()):
-            await self._redis.eval(_REMOVE, 2, *_keys(worker_id), member.incarnation)
-            await self._redis.srem(f"{PREFIX}workers", worker_id)
-            if self._gone.get(worker_id) is member:
-                del self._gone[worker_id]
+        while self._gone:
+            await self._remove(list(islice(self._gone.items(), _REMOVALS_PER_BATCH)))
         dirty, self._dirty = self._dirty, {}
         mirrors = [mirror for mirror in map(self._mirrors.get, dirty) if mirror is not None]
         new = [mirror.member.worker_id for mirror in mirrors if mirror.rewrite]
         if new:
-            await self._redis.sadd(f"{PREFIX}workers", *new)
+            await self._redis.sadd(_WORKERS, *new)
         # What a member is when its writes are made counts, so that is done in one go for each.
-        writes = (write for mirror in mirrors for write in _writes(mirror))
-        while batch := list(islice(writes, _WRITES_PER_ROUND)):
+        batch: list[_Write] = []
+        blocks = 0
+        for mirror in mirrors:
+            for write in _writes(mirror):
+                batch.append(write)
+                blocks += len(write.blocks)
+                if blocks >= _BLOCKS_PER_BATCH or len(batch) == _WRITES_PER_BATCH:
+                    await self._send(batch)
+                    batch, blocks = [], 0
+        if batch:
             await self._send(batch)
+
+    async def _remove(self, gone: Sequence[tuple[str, str]]) -> None:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for worker_id, incarnation in gone:
+                pipeline.eval(_REMOVE, 2, *_keys(worker_id), incarnation)
+            answers = await pipeline.execute()
+        # A worker that another kvstore has written since stays in its list.
+        removed = [worker_id for (worker_id, _), answer in zip(gone, answers, strict=True) if answer == 1]
+        if removed:
+            await self._redis.srem(_WORKERS, *removed)
+        for worker_id, incarnation in gone:
+            if self._gone.get(worker_id) == incarnation:
+                del self._gone[worker_id]
 
     async def _send(self, batch: Sequence[_Write]) -> None:
         async with self._redis.pipeline(transaction=False) as pipeline:
@@ -243,44 +306,69 @@ class RedisBackend(Backend):
             if answer == 1:
                 self._metrics.blocks.inc(len(write.blocks))
             else:
-                log.warning("Redis lost writes of worker %s, writing it anew", write.mirror.member.worker_id)
-                write.mirror.rewrite, write.mirror.changed = True, set()
-                self._note(write.mirror.member.worker_id)
+                self._write_anew(write.mirror)
+
+    def _write_anew(self, mirror: _Mirror) -> None:
+        """Redis does not have what was written to it."""
+        if not mirror.rewrite:
+            self._metrics.lost.inc()
+        mirror.rewrite, mirror.changed = True, set()
+        self._lost = True
+        self._note(mirror.member.worker_id)
+        if not self._told_of_loss:
+            self._told_of_loss = True
+            log.warning(
+                "Redis lost writes of worker %s, writing anew what it lacks; unless it was emptied or failed "
+                "over, its maxmemory-policy evicts keys, or another kvstore writes to the same database",
+                mirror.member.worker_id,
+            )
 
     # ---- reading ------------------------------------------------------------------------------
 
     async def load(self) -> Sequence[Member]:
+        members: list[Member] = []
         try:
             async with asyncio.timeout(_LOAD_TIMEOUT_S):
-                members = await self._load()
+                await self._load(members)
         except _FAILURES as error:
             self._metrics.failures.inc()
             self._set_up(False, error)
-            return ()
-        self._set_up(True)
+        else:
+            self._set_up(True)
         for member in members:
             self._mirrors[member.worker_id] = _Mirror(member, _sequence(member), member.position is None)
         blocks = sum(len(member.holdings) for member in members)
         log.info("read %d workers and %d blocks from Redis", len(members), blocks)
         return members
 
-    async def _load(self) -> list[Member]:
-        members = []
-        for raw in sorted(await self._redis.smembers(f"{PREFIX}workers")):
-            worker_id = cast(bytes, raw).decode()
-            member_key, blocks_key = _keys(worker_id)
-            member = _parse(cast(dict[bytes, bytes], await self._redis.hgetall(member_key)))
+    async def _load(self, members: list[Member]) -> None:
+        """Append one member after the other: what cannot be read in time comes from the workers."""
+        for raw in sorted(await self._redis.smembers(_WORKERS)):
+            worker_id = cast(bytes, raw).decode(errors="replace")
+            stored = cast(dict[bytes, bytes], await self._redis.hgetall(_keys(worker_id)[0]))
+            member = _parse(stored)
             if member is None:
-                await self._redis.srem(f"{PREFIX}workers", worker_id)
+                await self._redis.srem(_WORKERS, raw)
                 continue
             if member.position is not None:
-                blocks: dict[bytes, int] = {}
-                async for block_id, tiers in self._redis.hscan_iter(blocks_key, count=_SCAN_COUNT):
-                    if len(block_id) == BLOCK_ID_BYTES and tiers.isdigit():
-                        blocks[block_id] = int(tiers) & _ALL_TIERS
-                member.holdings = Holdings(blocks)
+                blocks = await self._load_blocks(worker_id)
+                now = await self._redis.hget(_keys(worker_id)[0], "sequence")
+                if now == stored[b"sequence"] and stored.get(b"blocks") == str(len(blocks)).encode():
+                    member.holdings = Holdings(blocks)
+                else:
+                    log.warning("Redis has lost blocks of worker %s, which is asked for them", worker_id)
+                    member.position = None
             members.append(member)
-        return members
+
+    async def _load_blocks(self, worker_id: str) -> dict[bytes, int]:
+        blocks: dict[bytes, int] = {}
+        cursor = b"0"
+        while True:
+            key = _keys(worker_id)[1]
+            cursor, ids, tiers = await self._redis.eval(_READ, 1, key, cursor, _BLOCKS_PER_READ)
+            blocks.update(zip(PackedIds(ids), tiers, strict=True))
+            if cursor == b"0":
+                return blocks
 
 
 def _keys(worker_id: str) -> list[str]:

@@ -10,7 +10,7 @@ import grpc
 
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest
 from baton.kv.events import Verdict
-from baton.rpc.kvstore_messages import check_worker, decode_events
+from baton.rpc.kvstore_messages import check_worker, decode_chains, decode_events
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from services.kvstore.feeds import TooSlow
 from services.kvstore.metrics import Metrics
@@ -22,8 +22,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class RegistryServicer(kvstore_pb2_grpc.RegistryServicer):
     """baton.v1.Registry. A worker that sends no beat for `ttl_s` seconds is gone."""
 
-    def __init__(self, state: ClusterState, ttl_s: float) -> None:
+    def __init__(self, state: ClusterState, metrics: Metrics, ttl_s: float) -> None:
         self._state = state
+        self._metrics = metrics
         self._ttl_s = ttl_s
 
     async def Join(
@@ -56,10 +57,14 @@ class RegistryServicer(kvstore_pb2_grpc.RegistryServicer):
     async def Watch(
         self, request: kvstore_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[kvstore_pb2.RegistryUpdate]:
-        with self._state.watch() as feed:
-            yield self._state.membership()
-            while True:
-                yield await feed.next()
+        try:
+            with self._state.watch() as feed:
+                yield self._state.membership()
+                while True:
+                    yield await feed.next()
+        except TooSlow as error:
+            self._metrics.slow_subscribers.inc()
+            await context.abort(error.grpc_code, error.message)
 
 
 class PrefixIndexServicer(kvstore_pb2_grpc.PrefixIndexServicer):
@@ -97,11 +102,26 @@ class PrefixIndexServicer(kvstore_pb2_grpc.PrefixIndexServicer):
     ) -> AsyncIterator[kvstore_pb2.IndexUpdate]:
         try:
             with self._state.subscribe() as feed:
-                for piece in self._state.index():
-                    yield piece
+                for pieces in self._state.listing(feed):
+                    for piece in pieces:
+                        yield piece
+                    while (update := feed.next_now()) is not None:
+                        yield update
                 yield kvstore_pb2.IndexUpdate(snapshot_done=True)
                 while True:
                     yield await feed.next()
         except TooSlow as error:
             self._metrics.slow_subscribers.inc()
             await context.abort(error.grpc_code, error.message)
+
+    async def ReportFound(
+        self, request_iterator: AsyncIterator[kvstore_pb2.FoundChains], context: Context
+    ) -> kvstore_pb2.ReportFoundReply:
+        try:
+            async for message in request_iterator:
+                chains = decode_chains(message)
+                self._state.use(chains)
+                self._metrics.found_chains.inc(len(chains))
+        except BatonError as error:
+            await context.abort(error.grpc_code, error.message)
+        return kvstore_pb2.ReportFoundReply()

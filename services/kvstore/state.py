@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import grpc
 
 from baton.errors import BatonError, Overloaded
-from baton.kv.events import SequenceGate, Verdict, WorkerEvents, snapshot_pieces
+from baton.kv.events import SequenceGate, Stored, Verdict, WorkerEvents, snapshot_pieces
 from baton.rpc.kvstore_messages import MAX_BLOCKS, encode_events
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
 from services.kvstore.backend import Backend
+from services.kvstore.bound import IndexBound
 from services.kvstore.feeds import IndexFeed, MembershipFeed
-from services.kvstore.member import Holdings, Member
+from services.kvstore.holdings import Holdings
+from services.kvstore.member import Member
 
 log = logging.getLogger(__name__)
 
 MAX_WORKERS = 10_000
 _REMEMBERED_INCARNATIONS = 16
+_REPORT_FOUND = kvstore_pb2.IndexUpdate(report_found=True)
 
 
 class NotJoined(BatonError):
@@ -46,10 +49,9 @@ class ClusterState:
     """Members and feeds. No sockets and no clocks; one task at a time may call it, no method waits.
 
     Args:
-        index_max_bytes: memory that the workers' blocks may take; 0 is no bound. Beyond it the worker that
-            has most of it loses what it stored last: nobody looks blocks up here, so the kvstore does
-            not know which are of use, but leading parts of chains are worth more than their ends.
-            Subscribers are not told: what they know is true, and they have bounds of their own.
+        index_max_bytes: memory that the workers' blocks may take; 0 is no bound (see `IndexBound`).
+            Subscribers are not told of what is forgotten: what they know is true, and they have
+            bounds of their own.
     """
 
     def __init__(self, backend: Backend, index_max_bytes: int = 0) -> None:
@@ -62,14 +64,18 @@ class ClusterState:
         self._membership_feeds: set[MembershipFeed] = set()
         self._closing = False
         self._index_max_bytes = index_max_bytes
-        self._weights: dict[str, int] = {}
-        self._weight = 0
-        self.forgotten_blocks = 0
+        self._bound = IndexBound(index_max_bytes)
+        self._asked_for_found = False
 
     @property
     def index_bytes(self) -> int:
         """Memory that the workers' blocks take."""
-        return self._weight
+        return self._bound.bytes
+
+    @property
+    def forgotten_blocks(self) -> int:
+        """Entries forgotten because the index was full."""
+        return self._bound.forgotten
 
     @property
     def members(self) -> list[Member]:
@@ -87,7 +93,10 @@ class ClusterState:
             self._members[member.worker_id] = member
             if member.position is not None:
                 self._gate.restore(member.worker_id, member.position)
-            self._weigh(member)
+            ids = member.holdings.ids()
+            member.holdings.use(ids, self._bound.generation)
+            self._bound.stored(member.holdings, ids)
+            self._keep_bound(member)
 
     def expire_unconfirmed(self) -> None:
         """Drop the members from `restore` that have not joined since."""
@@ -95,6 +104,7 @@ class ClusterState:
             if not member.confirmed:
                 log.warning("worker %s did not come back and is gone", member.worker_id)
                 self._drop(member)
+                self._former.pop(member.worker_id, None)
 
     def join(self, worker: kvstore_pb2.Worker, load: worker_pb2.WorkerLoad, draining: bool) -> Session:
         """Take a worker in. A later incarnation replaces the one there is, blocks included.
@@ -171,7 +181,7 @@ class ClusterState:
         del self._members[worker_id]
         self._sessions.pop(worker_id, None)
         self._gate.forget(worker_id)
-        self._weight -= self._weights.pop(worker_id, 0)
+        self._bound.drop(worker_id)
         self._backend.member_gone(member)
         for membership_feed in self._membership_feeds:
             membership_feed.offer(member.change(gone=True))
@@ -198,36 +208,41 @@ class ClusterState:
             member.position = self._gate.position(message.worker_id)
             if verdict is Verdict.REPLACE:
                 member.holdings = Holdings()
-            touched = [member.holdings.apply(event) for event in message.events]
+            touched = []
+            for event in message.events:
+                touched.append(member.holdings.apply(event, self._bound.generation))
+                if isinstance(event, Stored):
+                    self._bound.stored(member.holdings, event.block_ids)
             if verdict is Verdict.REPLACE:
                 self._backend.blocks_replaced(member)
             else:
                 self._backend.blocks_changed(member, (block_id for ids in touched for block_id in ids))
-            self._weigh(member)
+            self._keep_bound(member, message.blocks())
             update = kvstore_pb2.IndexUpdate(events=wire)
             for feed in self._index_feeds:
                 feed.offer(update, message.blocks())
         return verdict
 
-    def _weigh(self, member: Member) -> None:
-        """Account for the member's blocks, and forget some of somebody's when all are too many."""
-        self._note_weight(member)
-        while self._index_max_bytes and self._weight > self._index_max_bytes:
-            heaviest = self._members[max(self._weights, key=self._weights.__getitem__)]
-            if not self.forgotten_blocks:
-                log.warning(
-                    "the index has reached --index-max-bytes %d and forgets blocks; raise it if you can",
-                    self._index_max_bytes,
-                )
-            gone = heaviest.holdings.forget_newest(1 + len(heaviest.holdings) // 8)
-            self.forgotten_blocks += len(gone)
-            self._backend.blocks_changed(heaviest, gone)
-            self._note_weight(heaviest)
+    def use(self, chains: Sequence[Sequence[bytes]]) -> None:
+        """A router has looked these chains up."""
+        self._bound.use(chains)
 
-    def _note_weight(self, member: Member) -> None:
-        weight = member.holdings.memory_bytes
-        self._weight += weight - self._weights.get(member.worker_id, 0)
-        self._weights[member.worker_id] = weight
+    def _keep_bound(self, member: Member, stored: int = 0) -> None:
+        """Account for the member's blocks, and forget some of somebody's when all are too many."""
+        self._bound.weigh(member.worker_id, member.holdings)
+        if self._bound.pressed and not self._asked_for_found:
+            self._asked_for_found = True
+            for feed in self._index_feeds:
+                feed.offer(_REPORT_FOUND, 0)
+        first = not self._bound.forgotten
+        for worker_id, gone in self._bound.forget(stored):
+            self._backend.blocks_changed(self._members[worker_id], gone)
+        if first and self._bound.forgotten:
+            log.warning(
+                "the index has reached --index-max-bytes %d and forgets what was used least recently; "
+                "raise it if there is memory",
+                self._index_max_bytes,
+            )
 
     # ---- feeds --------------------------------------------------------------------------------
 
@@ -247,24 +262,25 @@ class ClusterState:
 
     @contextmanager
     def subscribe(self) -> Iterator[IndexFeed]:
-        """A feed of every index update from now on."""
-        feed = IndexFeed()
+        """A feed of every index update from now on, for a subscriber that is told the rest by `listing`."""
+        feed = IndexFeed(self._members)
+        if self._asked_for_found:
+            feed.offer(_REPORT_FOUND, 0)
         self._index_feeds.add(feed)
         try:
             yield feed
         finally:
             self._index_feeds.remove(feed)
 
-    def index(self) -> Iterator[kvstore_pb2.IndexUpdate]:
-        """What every worker holds, in pieces.
+    def listing(self, feed: IndexFeed) -> Iterator[list[kvstore_pb2.IndexUpdate]]:
+        """What every worker holds, a worker at a time.
 
-        The state may move on between pieces: a feed opened before this is iterated delivers what a
-        piece has already, and the receiver's `SequenceGate` knows it for a duplicate.
+        Each is current when it is asked for: pass it on whole, and then what waits in the feed, before
+        the next one.
         """
-        for worker_id in list(self._members):
+        while (worker_id := feed.list_next()) is not None:
             member = self._members.get(worker_id)
-            if member is None or member.position is None:
-                continue
-            held = member.holdings.by_tier()
-            for piece in snapshot_pieces(worker_id, member.position, held, MAX_BLOCKS):
-                yield kvstore_pb2.IndexUpdate(events=encode_events(piece))
+            if member is not None and member.position is not None:
+                held = member.holdings.by_tier()
+                pieces = snapshot_pieces(worker_id, member.position, held, MAX_BLOCKS)
+                yield [kvstore_pb2.IndexUpdate(events=encode_events(piece)) for piece in pieces]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.kvstore_processes import KvstoreProcess, Process, RedisProcess
+from tests.integration.kvstore_processes import KvstoreProcess, Process
 from tests.integration.kvstore_workers import TTL_S
+from tests.integration.redis_processes import RedisProcess
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real kvstore and Redis processes for tests, on ports of their own, which can be killed and restarted."""
+"""Processes for tests on ports of their own, which can be killed and come back: the kvstore among them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 from urllib.request import urlopen
@@ -76,93 +76,6 @@ class Process(ABC):
     @property
     def log(self) -> str:
         return self._log.read_text()
-
-
-class RedisProcess(Process):
-    """A redis-server that keeps nothing on disk."""
-
-    @property
-    def url(self) -> str:
-        return f"redis://{self.address}/0"
-
-    def command(self) -> list[str]:
-        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._log.parent)]
-        return ["redis-server", *where, "--save", ""]
-
-    def ask(self, *command: str) -> str:
-        """What redis-cli prints for the command."""
-        cli = ["redis-cli", "-p", str(self.port), *command]
-        return subprocess.run(
-            cli, check=True, capture_output=True, text=True, timeout=DEADLINE_S
-        ).stdout.strip()
-
-
-class SecureRedisProcess(RedisProcess):
-    """A redis-server that speaks TLS only and wants a password."""
-
-    def __init__(self, log: Path, key: Path, certificate: Path) -> None:
-        super().__init__(log)
-        self._key = key
-        self._certificate = certificate
-
-    @property
-    def url(self) -> str:
-        return f"rediss://:secret@{self.address}/0?ssl_ca_certs={self._certificate}"
-
-    def command(self) -> list[str]:
-        files = ["--tls-key-file", str(self._key), "--tls-cert-file", str(self._certificate)]
-        ports = ["--port", "0", "--tls-port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        return ["redis-server", *ports, *files, "--tls-auth-clients", "no", "--requirepass", "secret"]
-
-
-class RedisNodeProcess(RedisProcess):
-    """One node of a Redis Cluster that is yet to be formed by `form_redis_cluster`; knows one ACL user."""
-
-    def __init__(self, log: Path) -> None:
-        super().__init__(log)
-        self._bus_port = unused_port("127.0.0.1")
-
-    def command(self) -> list[str]:
-        config = self._log.with_suffix(".nodes")
-        cluster = ["--cluster-enabled", "yes", "--cluster-config-file", str(config)]
-        ports = ["--cluster-port", str(self._bus_port)]
-        user = ["--user", "baton", "on", ">secret", "~baton:1:*", "+@all"]
-        return [*super().command(), *cluster, *ports, *user]
-
-
-async def form_redis_cluster(nodes: Sequence[RedisNodeProcess]) -> None:
-    """Deal the slots out to `nodes` and wait until each says that the cluster is whole."""
-    addresses = [node.address for node in nodes]
-    create = ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"]
-    subprocess.run(create, check=True, capture_output=True, timeout=DEADLINE_S)
-
-    def whole(node: RedisNodeProcess) -> bool:
-        asked = ["redis-cli", "-p", str(node.port), "cluster", "info"]
-        return "cluster_state:ok" in subprocess.run(asked, capture_output=True, text=True).stdout
-
-    await until(lambda: all(whole(node) for node in nodes), "the Redis Cluster is whole")
-
-
-class SentinelProcess(Process):
-    """A Redis Sentinel, alone a quorum, that watches `master` under the name `main`."""
-
-    def __init__(self, log: Path, master: RedisProcess) -> None:
-        super().__init__(log)
-        self._master = master
-
-    @property
-    def url(self) -> str:
-        return f"redis+sentinel://{self.address}/main/0"
-
-    def command(self) -> list[str]:
-        config = self._log.with_suffix(".conf")
-        watched = f"sentinel monitor main 127.0.0.1 {self._master.port} 1"
-        timeouts = "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 2000"
-        config.write_text(f"port {self.port}\nbind 127.0.0.1\n{watched}\n{timeouts}\n")
-        return ["redis-server", str(config), "--sentinel"]
-
-    def _ready(self) -> bool:
-        return super()._ready() or "+monitor master" in self.log
 
 
 class KvstoreProcess(Process):

@@ -53,6 +53,11 @@ class Publisher:
         self.held.update({block_id: path[: depth + 1] for depth, block_id in enumerate(ids)})
         self.membership.publish([Stored(ids)])
 
+    def hold(self, ids: Sequence[bytes]) -> None:
+        """Store blocks of no known chain."""
+        self.held.update(dict.fromkeys(ids, ()))
+        self.membership.publish([Stored(ids)])
+
     def step(self) -> None:
         """What one engine step may do: store a chain, evict some leaves, or both."""
         rng = self._random

@@ -23,9 +23,8 @@ class SlowProxy:
         self._to_port = to_port
 
     @property
-    def url(self) -> str:
-        """Of the Redis behind it."""
-        return f"redis://127.0.0.1:{self.port}/0"
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Self]:

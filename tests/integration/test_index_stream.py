@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from itertools import count, islice
 from pathlib import Path
 
 from baton.rpc.kvstore_client import WorkerMembership
@@ -60,20 +61,39 @@ async def test_what_does_not_fit_the_buffer_while_the_kvstore_is_away_comes_as_a
         assert a.snapshots == 2
 
 
-async def test_a_full_index_forgets_and_says_so(tmp_path: Path, processes: list[Process]) -> None:
+async def test_a_full_index_forgets_what_routers_found_longest_ago_and_says_so(
+    tmp_path: Path, processes: list[Process]
+) -> None:
     store = KvstoreProcess(tmp_path / "kvstore.log", index_max_bytes=1 << 20)
     processes.append(store)
     await store.start()
-    ids = [hashlib.md5(str(number).encode()).digest() for number in range(20_000)]
-    a, b, seen = Publisher(store.address, "a"), Publisher(store.address, "b"), watch(store)
-    a.held, b.held = dict.fromkeys(ids, ()), dict.fromkeys(ids[:100], ())
-    async with running(a.membership, b.membership):
-        await until(lambda: store.metric("baton_kvstore_messages_total", verdict="replace") == 2, "all came")
-        async with running(seen):
-            await seen.ready()
-            found = seen.index.lookup(ids)
-            assert found["b"] == 100
-            assert 2_000 < found["a"] < 20_000
+    a, b, seen, late = (
+        Publisher(store.address, "a"),
+        Publisher(store.address, "b"),
+        watch(store),
+        watch(store),
+    )
+    names = (hashlib.md5(str(number).encode()).digest() for number in count())
+    asked, unasked = list(islice(names, 100)), list(islice(names, 100))
+    async with running(a.membership, b.membership, seen):
+        a.hold([*asked, *unasked])
+        await until(lambda: seen.index.lookup(asked) and seen.index.lookup(unasked), "both are there")
+        reported = 0.0
+
+        def news() -> bool:
+            return (store.metric("baton_kvstore_found_chains_total") or 0) > reported
+
+        while not store.metric("baton_index_evicted_blocks_total"):
+            b.hold(list(islice(names, 1500)))
+            if seen.index.keep_found:
+                assert seen.index.lookup(asked) == {"a": 100}
+                await until(news, "the kvstore hears of it")
+                reported = store.metric("baton_kvstore_found_chains_total") or 0
+            await asyncio.sleep(0.01)
+        async with running(late):
+            await late.ready()
+            assert late.index.lookup(asked) == {"a": 100}
+            assert late.index.lookup(unasked) == {}
+            assert seen.index.lookup(unasked) == {"a": 100}, "a replica has a bound of its own"
     assert (store.metric("baton_index_bytes") or 0) <= 1 << 20
-    assert store.metric("baton_index_evicted_blocks_total") == 20_000 - found["a"]
-    assert store.log.count("forgets blocks") == 1
+    assert store.log.count("forgets what was used least recently") == 1

@@ -30,12 +30,17 @@ class Calls:
         self.registry = kvstore_pb2_grpc.RegistryStub(channel)
         self.index = kvstore_pb2_grpc.PrefixIndexStub(channel)
 
-    async def refusal(self, call: grpc.aio.StreamStreamCall, *messages: object) -> tuple[str, str]:
+    async def refusal(
+        self, call: grpc.aio.StreamStreamCall | grpc.aio.StreamUnaryCall, *messages: object
+    ) -> tuple[str, str]:
         for message in messages:
             await call.write(message)
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            async for _ in call:
-                pass
+            if isinstance(call, grpc.aio.StreamUnaryCall):
+                await call
+            else:
+                async for _ in call:
+                    pass
         return error.value.code().name, error.value.details() or ""
 
 
@@ -95,6 +100,11 @@ async def test_messages_that_make_no_sense_are_refused_and_the_kvstore_goes_on(
                 assert (code, field in details) == ("INVALID_ARGUMENT", True), (field, details)
         code, _ = await calls.refusal(calls.index.Publish(), events(), events(worker_id="v"))
         assert code == "INVALID_ARGUMENT"
+        for chains in ([b"x" * 17], [b"x" * 16] * 65_537):
+            code, details = await calls.refusal(
+                calls.index.ReportFound(), kvstore_pb2.FoundChains(chains=chains)
+            )
+            assert (code, "chains" in details) == ("INVALID_ARGUMENT", True), details
         for stranger in (events(worker_id="v"), events(incarnation="2")):
             code, _ = await calls.refusal(calls.index.Publish(), stranger)
             assert code == "FAILED_PRECONDITION"

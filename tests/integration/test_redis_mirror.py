@@ -5,18 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import signal
+from contextlib import AsyncExitStack
 from pathlib import Path
 
-import redis.asyncio as redis_client
-
-from baton.kv.events import Stored
+from baton.kv.events import Removed
 from baton.rpc.cluster_watch import ClusterWatch
-from tests.integration.kvstore_processes import (
-    KvstoreProcess,
-    Process,
-    RedisProcess,
-    until,
-)
+from services.kvstore.redis import RETENTION_S
+from tests.integration.kvstore_processes import KvstoreProcess, Process, until
 from tests.integration.kvstore_workers import (
     TTL_S,
     Publisher,
@@ -24,12 +19,15 @@ from tests.integration.kvstore_workers import (
     running,
     watch,
 )
+from tests.integration.redis_processes import RedisProcess
 from tests.integration.slow_proxy import SlowProxy
 
 UP = "baton_kvstore_redis_up"
 
 
 WRITTEN = "baton_kvstore_redis_blocks_total"
+LOST = "baton_kvstore_redis_lost_writes_total"
+LAG = "baton_kvstore_redis_lag_seconds"
 
 
 async def test_a_restarted_kvstore_starts_from_redis(redis_kvstore: KvstoreProcess) -> None:
@@ -40,7 +38,7 @@ async def test_a_restarted_kvstore_starts_from_redis(redis_kvstore: KvstoreProce
         before = watch(redis_kvstore)
         async with running(before):
             await until(lambda: a.agrees(before), "the kvstore has it all")
-        await until(lambda: redis_kvstore.metric("baton_kvstore_redis_blocks_total"), "Redis has it too")
+        await until(lambda: redis_kvstore.metric(WRITTEN), "Redis has it too")
         redis_kvstore.stop(signal.SIGTERM)
         taken = a.snapshots
         await redis_kvstore.start()
@@ -105,13 +103,13 @@ async def test_a_gone_worker_leaves_nothing_in_redis(
     redis: RedisProcess, redis_kvstore: KvstoreProcess
 ) -> None:
     a = Publisher(redis_kvstore.address, "a")
-    async with redis_client.from_url(redis.url) as connection:
-        async with running(a.membership):
-            a.store(1, 2)
-            await until(lambda: redis_kvstore.metric("baton_kvstore_redis_blocks_total") == 2, "Redis has it")
-            assert await connection.dbsize() == 3
-        while await connection.dbsize():
-            await asyncio.sleep(0.01)
+    async with running(a.membership):
+        a.store(1, 2)
+        await until(lambda: redis_kvstore.metric(WRITTEN) == 2, "Redis has it")
+        assert redis.ask("dbsize") == "3"
+        for key in ("member", "blocks"):  # for when the kvstore dies with its worker
+            assert 0 < int(redis.ask("ttl", f"baton:1:{{a}}:{key}")) <= RETENTION_S
+    await until(lambda: redis.ask("dbsize") == "0", "nothing is left")
 
 
 async def test_a_redis_that_forgot_is_written_anew(
@@ -120,13 +118,11 @@ async def test_a_redis_that_forgot_is_written_anew(
     """Nothing fails here: the keys are simply not where the kvstore left them."""
     big = [number.to_bytes(16, "big") for number in range(10_000)]
     a, seen = Publisher(redis_kvstore.address, "a"), watch(redis_kvstore)
-    async with redis_client.from_url(redis.url) as connection, running(a.membership, seen):
-        a.held = dict.fromkeys(big, ())
-        a.membership.publish([Stored(big)])
-        written = "baton_kvstore_redis_blocks_total"
-        await until(lambda: (redis_kvstore.metric(written) or 0) >= 10_000, "Redis has it")
-        await connection.flushdb()
-        await until(lambda: (redis_kvstore.metric(written) or 0) >= 20_000, "Redis has it again")
+    async with running(a.membership, seen):
+        a.hold(big)
+        await until(lambda: (redis_kvstore.metric(WRITTEN) or 0) >= 10_000, "Redis has it")
+        redis.ask("flushdb")
+        await until(lambda: (redis_kvstore.metric(WRITTEN) or 0) >= 20_000, "Redis has it again")
         await until(lambda: "Redis lost writes of worker a" in redis_kvstore.log, "the log says so")
         redis_kvstore.kill()
         await redis_kvstore.start()
@@ -135,12 +131,79 @@ async def test_a_redis_that_forgot_is_written_anew(
         assert a.snapshots == 1
 
 
+async def test_blocks_that_redis_lost_are_not_taken_for_gone_when_the_kvstore_restarts(
+    redis: RedisProcess, redis_kvstore: KvstoreProcess
+) -> None:
+    """An evicted key of blocks, beside a member that still says how far they had come."""
+    a, seen = Publisher(redis_kvstore.address, "a"), watch(redis_kvstore)
+    async with running(seen), running(a.membership):
+        a.store(1, 2, 0)
+        await until(lambda: redis_kvstore.metric(WRITTEN) == 3, "Redis has it")
+        redis_kvstore.kill()
+        redis.ask("del", "baton:1:{a}:blocks")
+        await redis_kvstore.start()
+        assert "Redis has lost blocks of worker a" in redis_kvstore.log
+        await until(lambda: seen.connected and a.agrees(seen), "the worker was asked for them")
+
+
+async def test_a_redis_that_evicts_is_warned_of_once_and_written_anew_when_it_no_longer_does(
+    redis: RedisProcess, redis_kvstore: KvstoreProcess
+) -> None:
+    a, seen = Publisher(redis_kvstore.address, "a"), watch(redis_kvstore)
+    ids = [hashlib.md5(str(number).encode()).digest() for number in range(50_000)]
+    async with running(a.membership, seen):
+        await until(lambda: redis_kvstore.metric("baton_kvstore_workers") == 1, "the worker is known")
+        redis.ask("config", "set", "maxmemory-policy", "allkeys-random")
+        redis.ask("config", "set", "maxmemory", "2mb")
+        a.hold(ids)
+        await until(
+            lambda: (redis_kvstore.metric(LOST) or 0) >= 3, "it loses what is written, time after time"
+        )
+        assert redis_kvstore.log.count("Redis lost writes") == 1
+        assert (redis_kvstore.metric(LAG) or 0) > 1
+        assert seen.index.lookup(ids) == {"a": 50_000}
+        redis.ask("config", "set", "maxmemory", "0")
+        await until(lambda: (redis_kvstore.metric(LAG) or 0) < 0.5, "Redis has all of it")
+        redis_kvstore.kill()
+        await redis_kvstore.start()
+        assert "read 1 workers and 50000 blocks from Redis" in redis_kvstore.log
+
+
+async def test_many_workers_that_go_at_once_are_removed_in_short_steps(
+    redis: RedisProcess, redis_kvstore: KvstoreProcess
+) -> None:
+    """What Redis does at a time, other clients of it wait for: it may not grow with what is removed."""
+    workers = [Publisher(redis_kvstore.address, f"w{number}") for number in range(150)]
+    big = [hashlib.md5(str(number).encode()).digest() for number in range(30_000)]
+    with redis.monitored() as commands:
+        async with AsyncExitStack() as stack:
+            for worker in workers:
+                worker.store(1, 2)
+                await stack.enter_async_context(running(worker.membership))
+            workers[0].hold(big)
+            everything = 2 * len(workers) + len(big)
+            await until(lambda: (redis_kvstore.metric(WRITTEN) or 0) >= everything, "Redis has it")
+            workers[0].membership.publish([Removed(big[20_000:])])
+            key = "baton:1:{w0}:blocks"
+            await until(lambda: redis.ask("hlen", key) == "20002", "some of one worker's blocks are gone")
+        await until(lambda: redis.ask("dbsize") == "0", "nothing is left of any worker")
+        removals = [command for command in commands() if command[0] in ("hdel", "unlink", "del", "srem")]
+    # Those of one script: in blocks of a worker that goes on, and in keys, which are freed by another thread.
+    fields = [len(command) - 2 for command in removals if command[0] == "hdel"]
+    assert sum(fields) == 10_000
+    assert max(fields) <= 1000
+    keys = [len(command) - 1 for command in removals if command[0] == "unlink"]
+    assert sum(keys) >= 2 * len(workers)
+    assert max(keys) <= 2
+    assert max(len(command) - 2 for command in removals if command[0] == "srem") <= 64
+
+
 async def test_a_slow_redis_and_a_killed_one_slow_nobody_down(
     tmp_path: Path, redis: RedisProcess, processes: list[Process]
 ) -> None:
     async with SlowProxy(redis.port).serving() as proxy:
         proxy.delay_s = 0.1
-        store = KvstoreProcess(tmp_path / "kvstore.log", redis=proxy.url, ttl_s=TTL_S)
+        store = KvstoreProcess(tmp_path / "kvstore.log", redis=redis.url_at(proxy.address), ttl_s=TTL_S)
         processes.append(store)
         await store.start()
         a, b = Publisher(store.address, "a"), Publisher(store.address, "b")
@@ -173,8 +236,7 @@ async def test_a_full_redis_costs_nothing_but_what_it_cannot_keep(
     ids = [hashlib.md5(str(number).encode()).digest() for number in range(50_000)]
     async with running(a.membership, seen):
         await until(lambda: store.metric(UP) == 1, "Redis is used")
-        a.held = dict.fromkeys(ids, ())
-        a.membership.publish([Stored(ids)])
+        a.hold(ids)
         await until(lambda: store.metric(UP) == 0, "the metric says that Redis takes no writes")
         await until(lambda: seen.index.lookup(ids) == {"a": 50_000}, "the replica has all")
         a.store(1)

@@ -11,21 +11,15 @@ import pytest
 
 from baton.config import BadSetting
 from services.kvstore.redis_url import connect
-from tests.integration.kvstore_processes import (
-    ROOT,
-    KvstoreProcess,
-    Process,
+from tests.integration.kvstore_processes import ROOT, KvstoreProcess, Process, until
+from tests.integration.kvstore_workers import TTL_S, Publisher, running
+from tests.integration.redis_processes import (
+    PASSWORD,
     RedisNodeProcess,
     RedisProcess,
-    SecureRedisProcess,
     SentinelProcess,
+    Tls,
     form_redis_cluster,
-    until,
-)
-from tests.integration.kvstore_workers import (
-    TTL_S,
-    Publisher,
-    running,
 )
 
 WRITTEN = "baton_kvstore_redis_blocks_total"
@@ -37,16 +31,46 @@ async def kvstore(tmp_path: Path, processes: list[Process], url: str) -> Kvstore
     return await store.start()
 
 
-async def test_a_cluster_with_an_acl_user_keeps_every_workers_blocks(
+@pytest.fixture(params=["clear", "tls"])
+def tls(request: pytest.FixtureRequest, tmp_path: Path) -> Tls | None:
+    return Tls.make(tmp_path) if request.param == "tls" else None
+
+
+async def test_one_server_is_all_it_takes(tmp_path: Path, processes: list[Process], tls: Tls | None) -> None:
+    server = RedisProcess(tmp_path / "redis.log", tls)
+    processes.append(server)
+    await server.start()
+    store = await kvstore(tmp_path, processes, server.url)
+    a = Publisher(store.address, "a")
+    async with running(a.membership):
+        a.store(1, 2)
+        await until(lambda: store.metric(WRITTEN) == 2, "Redis has it")
+        store.kill()
+        await store.start()
+        assert "read 1 workers and 2 blocks from Redis" in store.log
+        await until(lambda: store.metric("baton_kvstore_workers") == 1, "the worker is back")
+    await until(lambda: server.ask("dbsize") == "0", "nothing is left when the worker has gone")
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_refused(
     tmp_path: Path, processes: list[Process]
 ) -> None:
-    nodes = [RedisNodeProcess(tmp_path / f"redis-{number}.log") for number in range(3)]
+    server = RedisProcess(tmp_path / "redis.log", Tls.make(tmp_path))
+    processes.append(server)
+    await server.start()
+    store = await kvstore(tmp_path, processes, server.url.partition("?")[0])
+    assert "CERTIFICATE_VERIFY_FAILED" in store.log
+    assert PASSWORD not in store.log
+
+
+async def test_a_cluster_keeps_every_workers_blocks(
+    tmp_path: Path, processes: list[Process], tls: Tls | None
+) -> None:
+    nodes = [RedisNodeProcess(tmp_path / f"redis-{number}.log", tls) for number in range(3)]
     processes += nodes
     for node in nodes:
         await node.start()
-    await form_redis_cluster(nodes)
-    addresses = ",".join(node.address for node in nodes)
-    store = await kvstore(tmp_path, processes, f"redis+cluster://baton:secret@{addresses}")
+    store = await kvstore(tmp_path, processes, await form_redis_cluster(nodes))
     publishers = [Publisher(store.address, f"w{number}") for number in range(6)]
     async with AsyncExitStack() as stack:
         for publisher in publishers:
@@ -61,9 +85,9 @@ async def test_a_cluster_with_an_acl_user_keeps_every_workers_blocks(
 
 
 async def test_sentinels_say_where_redis_is_also_after_a_failover(
-    tmp_path: Path, processes: list[Process]
+    tmp_path: Path, processes: list[Process], tls: Tls | None
 ) -> None:
-    master, replica = RedisProcess(tmp_path / "master.log"), RedisProcess(tmp_path / "replica.log")
+    master, replica = (RedisProcess(tmp_path / f"{name}.log", tls) for name in ("master", "replica"))
     sentinel = SentinelProcess(tmp_path / "sentinel.log", master)
     processes += [master, replica, sentinel]
     await master.start()
@@ -86,29 +110,6 @@ async def test_sentinels_say_where_redis_is_also_after_a_failover(
         store.kill()
         await store.start()
         assert "read 1 workers and 3 blocks from Redis" in store.log
-
-
-async def test_redis_over_tls_with_a_password(tmp_path: Path, processes: list[Process]) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
-            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    server = SecureRedisProcess(tmp_path / "redis.log", key, certificate)
-    store = KvstoreProcess(tmp_path / "kvstore.log", redis=server.url)
-    for process in (server, store):
-        processes.append(process)
-        await process.start()
-    assert "read 0 workers and 0 blocks from Redis" in store.log
-    a = Publisher(store.address, "a")
-    async with running(a.membership):
-        a.store(1)
-        await until(lambda: store.metric("baton_kvstore_redis_blocks_total") == 1, "Redis has it")
 
 
 @pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
 from tests.integration.kvstore_processes import (
     KvstoreProcess,
@@ -70,7 +72,9 @@ async def test_a_stopped_worker_is_gone_after_its_ttl_and_back_when_it_goes_on(
         await until(lambda: seen.peers, "the worker is back")
 
 
-async def test_a_later_process_takes_over_a_worker_id_for_good(memory_kvstore: KvstoreProcess) -> None:
+async def test_a_later_process_takes_over_a_worker_id_for_good(
+    memory_kvstore: KvstoreProcess, caplog: pytest.LogCaptureFixture
+) -> None:
     old, new = Publisher(memory_kvstore.address, "a", "old"), Publisher(memory_kvstore.address, "a", "new")
     heard = Recorder()
     seen = watch(memory_kvstore, heard)
@@ -82,6 +86,8 @@ async def test_a_later_process_takes_over_a_worker_id_for_good(memory_kvstore: K
             await until(lambda: seen.index.lookup(chain(2)) == {"a": 1}, "the new one is known")
             assert seen.index.lookup(chain(1, 1)) == {}
             await until(lambda: not old.membership.connected, "the old one is out")
+            await until(lambda: "give each its own --worker-id" in caplog.text, "its log says why")
+            assert f"the kvstore at {memory_kvstore.address} refuses" in caplog.text
             old.store(0)
             new.store(2, 2)
             await until(lambda: seen.index.lookup(chain(2, 2)) == {"a": 2}, "the new one publishes")

@@ -465,10 +465,13 @@ class IndexUpdate(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     GONE_FIELD_NUMBER: _builtins.int
     SNAPSHOT_DONE_FIELD_NUMBER: _builtins.int
+    REPORT_FOUND_FIELD_NUMBER: _builtins.int
     gone: _builtins.bool
     """forget the worker named in `events`"""
     snapshot_done: _builtins.bool
     """the initial snapshot is complete"""
+    report_found: _builtins.bool
+    """from now on tell by ReportFound what lookups find"""
     @_builtins.property
     def events(self) -> Global___IndexEvents: ...
     def __init__(
@@ -477,11 +480,49 @@ class IndexUpdate(_message.Message):
         events: Global___IndexEvents | None = ...,
         gone: _builtins.bool = ...,
         snapshot_done: _builtins.bool = ...,
+        report_found: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "gone", b"gone", "snapshot_done", b"snapshot_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "gone", b"gone", "report_found", b"report_found", "snapshot_done", b"snapshot_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IndexUpdate: _TypeAlias = IndexUpdate  # noqa: Y015
+
+@_typing.final
+class FoundChains(_message.Message):
+    """Chains that were looked up and found at least in part: block ids of 16 bytes each, end to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAINS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        chains: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FoundChains: _TypeAlias = FoundChains  # noqa: Y015
+
+@_typing.final
+class ReportFoundReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportFoundReply: _TypeAlias = ReportFoundReply  # noqa: Y015

@@ -162,6 +162,11 @@ class PrefixIndexStub:
                 request_serializer=baton_dot_v1_dot_kvstore__pb2.SubscribeRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_kvstore__pb2.IndexUpdate.FromString,
                 _registered_method=True)
+        self.ReportFound = channel.stream_unary(
+                '/baton.v1.PrefixIndex/ReportFound',
+                request_serializer=baton_dot_v1_dot_kvstore__pb2.FoundChains.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_kvstore__pb2.ReportFoundReply.FromString,
+                _registered_method=True)
 
 
 class PrefixIndexServicer:
@@ -181,6 +186,13 @@ class PrefixIndexServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportFound(self, request_iterator, context):
+        """What a router finds, from `report_found` on, so that a full index forgets what nobody asks for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefixIndexServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -193,6 +205,11 @@ def add_PrefixIndexServicer_to_server(servicer, server):
                     servicer.Subscribe,
                     request_deserializer=baton_dot_v1_dot_kvstore__pb2.SubscribeRequest.FromString,
                     response_serializer=baton_dot_v1_dot_kvstore__pb2.IndexUpdate.SerializeToString,
+            ),
+            'ReportFound': grpc.stream_unary_rpc_method_handler(
+                    servicer.ReportFound,
+                    request_deserializer=baton_dot_v1_dot_kvstore__pb2.FoundChains.FromString,
+                    response_serializer=baton_dot_v1_dot_kvstore__pb2.ReportFoundReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -249,6 +266,33 @@ class PrefixIndex:
             '/baton.v1.PrefixIndex/Subscribe',
             baton_dot_v1_dot_kvstore__pb2.SubscribeRequest.SerializeToString,
             baton_dot_v1_dot_kvstore__pb2.IndexUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportFound(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/baton.v1.PrefixIndex/ReportFound',
+            baton_dot_v1_dot_kvstore__pb2.FoundChains.SerializeToString,
+            baton_dot_v1_dot_kvstore__pb2.ReportFoundReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,7 +18,14 @@ from baton.kv.events import (
     WorkerEvents,
     pack,
 )
-from baton.rpc.kvstore_messages import decode_events, encode_events, worker_view
+from baton.rpc.kvstore_messages import (
+    MAX_BLOCKS,
+    decode_chains,
+    decode_events,
+    encode_chains,
+    encode_events,
+    worker_view,
+)
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
 
 ids = st.lists(st.binary(min_size=16, max_size=16), max_size=12).map(tuple)
@@ -73,6 +80,19 @@ def test_the_wire_carries_everything(sequence: tuple[Event, ...], snapshot: bool
         number,
         snapshot,
     )
+
+
+@given(st.lists(ids, max_size=6))
+def test_found_chains_come_over_the_wire_as_they_were(chains: list[tuple[bytes, ...]]) -> None:
+    wires = list(encode_chains(chains))
+    assert len(wires) == bool(chains)
+    assert [list(chain) for wire in wires for chain in decode_chains(wire)] == [list(c) for c in chains]
+
+
+def test_found_chains_travel_in_messages_of_so_many_blocks() -> None:
+    half, too_long = [bytes(16)] * (MAX_BLOCKS // 2), [bytes(16)] * (MAX_BLOCKS + 1)
+    lengths = [[len(c) for c in decode_chains(w)] for w in encode_chains([half, half, half, too_long])]
+    assert lengths == [[MAX_BLOCKS // 2] * 2, [MAX_BLOCKS // 2], [MAX_BLOCKS]]
 
 
 def test_neighbouring_events_of_a_kind_travel_as_one() -> None:

@@ -195,6 +195,21 @@ def test_a_lookup_over_a_long_chain_probes_few_blocks() -> None:
     assert chain_of.probes < 40
 
 
+def test_what_lookups_found_is_kept_while_somebody_wants_it() -> None:
+    index = PrefixIndex()
+    index.apply(WorkerEvents("a", "1", 1, True, (Stored(chain(1, 2)),)))
+    index.lookup(chain(1))
+    index.keep_found = True
+    for asked in (chain(1, 2, 0), chain(2), chain(1)):
+        index.lookup_tiers(asked)
+    assert index.take_found() == [chain(1, 2, 0), chain(1)]
+    assert index.take_found() == []
+    long = [*chain(1), *([bytes(16)] * 40_000)]
+    for _ in range(3):
+        index.lookup(long)
+    assert index.take_found() == [long], "no more than is sent at once"
+
+
 def test_a_worker_that_left_takes_its_entries_with_it_while_others_go_on() -> None:
     index = PrefixIndex()
     ids = [number.to_bytes(16, "big") for number in range(20_000)]
