@@ -1,0 +1,80 @@
+"""Two routers behind one port: each counts what the other has just promised to workers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from tests.cluster import Cluster
+from tests.conftest import StartCluster
+
+WORKERS = 3
+BURST = 6
+PREFIX_TOKENS = 256
+OWN_TOKENS = 128
+TIMEOUT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def pair(start_cluster: StartCluster) -> Iterator[Cluster]:
+    # Workers that are stopped for a while must not count as gone.
+    with start_cluster("--hybrid", str(WORKERS), "--routers", "2", "--worker-ttl-s", "60") as up:
+        yield up
+
+
+@contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Processes that do nothing while the block lasts, so that no worker reports what it was given."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def complete(router: str, prompt: list[int]) -> httpx.Response:
+    body = {"prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    return httpx.post(f"{router}/v1/completions", json=body, timeout=60)
+
+
+def seen_by(router: str) -> dict[str, tuple[int, int]]:
+    """Requests and prompt tokens that each worker has waiting, as the router sees it."""
+    route = httpx.post(f"{router}/debug/route", json={"prompt": [1], "max_tokens": 1}, timeout=10).json()
+    workers = [candidate["decode"] for candidate in route["candidates"]]
+    return {worker["worker"]: (worker["waiting"], worker["queued_tokens"]) for worker in workers}
+
+
+def test_a_burst_through_both_spreads_and_each_counts_what_the_other_promised(pair: Cluster) -> None:
+    pids = pair.pids()
+    one, two = (f"http://127.0.0.1:{name.split()[1]}" for name in pids if name.startswith("router"))
+    draw = random.Random(3)
+    prefix = [draw.randrange(100, 4000) for _ in range(PREFIX_TOKENS)]
+    assert complete(one, prefix).status_code == 200  # from here on one worker has it
+    with ThreadPoolExecutor(BURST) as clients:
+        with stopped([pid for name, pid in pids.items() if name.startswith("hybrid")]):
+            answers = []
+            for number in range(BURST):
+                own = [draw.randrange(100, 4000) for _ in range(OWN_TOKENS)]
+                answers.append(clients.submit(complete, (one, two)[number % 2], prefix + own))
+                deadline = time.monotonic() + TIMEOUT_S
+                while True:
+                    first, second = seen_by(one), seen_by(two)
+                    if first == second and sum(waiting for waiting, _ in first.values()) == number + 1:
+                        break
+                    assert time.monotonic() < deadline, (first, second)
+                    time.sleep(0.01)
+            waiting = [requests for requests, _ in first.values()]
+            assert len(waiting) == WORKERS
+            assert max(waiting) < BURST, "not all went to the one that has the prefix"
+            assert sum(tokens for _, tokens in first.values()) >= BURST * OWN_TOKENS
+        assert [answer.result().status_code for answer in answers] == [200] * BURST
