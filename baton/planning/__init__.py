@@ -1,0 +1,1 @@
+"""How many workers of each role does a workload need? Pure functions: no sockets, no clocks, no torch."""
