@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
-from math import ceil, inf, isfinite, nan
+from math import ceil, inf, isfinite
 
 import msgspec
 
-from baton.bench.records import Gaps, Records, RequestRecord
+from baton.bench.records import Records, RequestRecord
 
 
 class Targets(msgspec.Struct, frozen=True):
@@ -28,15 +28,15 @@ class Targets(msgspec.Struct, frozen=True):
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """Seconds. A percentile that falls on a failed request is infinite (null in JSON); the mean is over
-    the others."""
+    """Seconds. None, for a percentile or the longest, is that of a failed request: infinite. The mean is over
+    the requests that did not fail."""
 
-    mean: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
-    longest: float
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    longest: float | None
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,8 +44,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     `duration_s` is from the first request due to the last token. `itl` is over all gaps between tokens of
     all requests, `tpot` over requests' means, `tbt` over requests' longest tenths (Mooncake). `lateness` is
-    by how much the client sent requests after they were due. `goodput_per_s` and `attainment` are None
-    without targets, costs are None without a price.
+    by how much the client sent requests after they were due. Latencies of nothing are None; `goodput_per_s`
+    and `attainment` are None without targets, costs without a price.
     """
 
     requests: int
@@ -58,12 +58,12 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     input_tokens_per_s: float
     output_tokens_per_s: float
-    ttft: Latency
-    tpot: Latency
-    itl: Latency
-    tbt: Latency
-    e2e: Latency
-    lateness: Latency
+    ttft: Latency | None
+    tpot: Latency | None
+    itl: Latency | None
+    tbt: Latency | None
+    e2e: Latency | None
+    lateness: Latency | None
     targets: Targets
     attainment: float | None
     goodput_per_s: float | None
@@ -115,7 +115,7 @@ def summarize(
         output_tokens_per_s=_per(outputs, duration_s),
         ttft=latency(ttft),
         tpot=latency(tpot),
-        itl=gap_latency(records.gaps),
+        itl=_latency(records.gaps.ordered()),
         tbt=latency(tbt),
         e2e=latency(e2e),
         lateness=latency(late),
@@ -127,32 +127,28 @@ def summarize(
     )
 
 
-def latency(seconds: Iterable[float]) -> Latency:
-    """Percentiles by nearest rank; all nan without values."""
+def latency(seconds: Iterable[float]) -> Latency | None:
+    """Percentiles by nearest rank; None without values."""
     return _latency((value, 1) for value in sorted(seconds))
 
 
-def gap_latency(gaps: Gaps) -> Latency:
-    """The same of a histogram."""
-    return _latency(gaps.ordered())
-
-
-def _latency(ordered: Iterable[tuple[float, int]]) -> Latency:
+def _latency(ordered: Iterable[tuple[float, int]]) -> Latency | None:
     values, counts = [], []
     for value, count in ordered:
         values.append(value)
         counts.append(count)
     if not values:
-        return Latency(nan, nan, nan, nan, nan, nan)
+        return None
     ranks = list(accumulate(counts))
     finite = [(value, count) for value, count in zip(values, counts, strict=True) if isfinite(value)]
     told = sum(count for _, count in finite)
-    mean = sum(value * count for value, count in finite) / told if told else inf
+    mean = sum(value * count for value, count in finite) / told if told else None
 
-    def at(percentile: int) -> float:
-        return values[bisect_left(ranks, ceil(percentile / 100 * ranks[-1]))]
+    def at(percentile: int) -> float | None:
+        value = values[bisect_left(ranks, ceil(percentile / 100 * ranks[-1]))]
+        return value if isfinite(value) else None
 
-    return Latency(mean, at(50), at(90), at(95), at(99), values[-1])
+    return Latency(mean, at(50), at(90), at(95), at(99), at(100))
 
 
 def _per(amount: float, seconds: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from baton import __version__
+from baton.cli.bench import bench
 from baton.cli.chat import chat
 from baton.cli.config import config
 from baton.cli.doctor import doctor
@@ -20,7 +21,7 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (up, chat, doctor, config, fetch, profile, *PROCESS_COMMANDS):
+for command in (up, chat, doctor, config, fetch, profile, bench, *PROCESS_COMMANDS):
     main.add_command(command)
 
 
