@@ -36,7 +36,6 @@ class _Call(ctypes.Structure):
         ("pieces", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("piece_sequence", "piece_query")),
         ("piece_queries", ctypes.c_int64),
-        ("threads", ctypes.c_int),
     )
 
 
@@ -50,7 +49,10 @@ def supports(device: torch.device, dtype: torch.dtype, specs: Sequence[Attention
 
 
 class NativeAttention(AttentionBackend):
-    """See the module. Every layer must have the same kv_heads and head_dim."""
+    """See the module. Every layer must have the same kv_heads and head_dim.
+
+    `layer_values` is how far apart the layers of a block lie.
+    """
 
     name = "native"
 
@@ -60,11 +62,12 @@ class NativeAttention(AttentionBackend):
             raise RuntimeError("no compiled kernel; ask supports() first")
         self.cache, self._specs, self._kernel = cache, tuple(specs), kernel
         _, layers, _, kv_heads, block_size, dim = cache.storage.shape
-        self._layer_values = 2 * kv_heads * block_size * dim
+        self.layer_values = 2 * kv_heads * block_size * dim
         self._call = _Call(
             pool=cache.storage.data_ptr(),
-            block_stride=layers * self._layer_values,
+            block_stride=layers * self.layer_values,
             block_size=block_size,
+            heads=specs[0].heads,
             kv_heads=kv_heads,
             dim=dim,
         )
@@ -92,18 +95,22 @@ class NativeAttention(AttentionBackend):
         for name, values in self._arrays.items():
             setattr(call, name, values.buffer_info()[0])
         call.sequences, call.pieces = len(contexts), len(queries)
-        call.threads = torch.get_num_threads()
+
+    @property
+    def step(self) -> int:
+        """Address of native.cpp's `Attention` of the step that `begin` prepared; the layers' part is open."""
+        return ctypes.addressof(self._call)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         call, spec = self._call, self._specs[layer]
         q, k, v = _rows(q), _rows(k), _rows(v)
         out = torch.empty(q.shape[0], spec.heads * spec.head_dim, dtype=q.dtype)
-        call.layer_offset = layer * self._layer_values
+        call.layer_offset = layer * self.layer_values
         call.heads, call.window = spec.heads, spec.window or 0
         call.scale, call.softcap = spec.scale, spec.softcap or 0.0
         call.q, call.k, call.v, call.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         call.q_stride, call.k_stride, call.v_stride = q.stride(0), k.stride(0), v.stride(0)
-        self._kernel(ctypes.addressof(call))
+        self._kernel(self.step, torch.get_num_threads())
         return out
 
 

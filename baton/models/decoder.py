@@ -5,82 +5,17 @@ A family file decides what each part is; this file only runs them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from baton.attention.base import AttentionBackend, AttentionSpec
+from baton.attention.base import AttentionBackend
 from baton.models.base import Model
 from baton.models.config import ModelConfig
-from baton.models.layers import Activation, Linear, gated
-from baton.models.rope import Rotary, rotate
-
-Norm = Callable[[torch.Tensor], torch.Tensor]
-Turn = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class SelfAttention:
-    """Queries, keys and values of one projection, rotary embedding, paged attention, projection back.
-
-    `qkv` yields heads in the order queries, keys, values. `query_norm` and `key_norm`, where a family
-    has them, act on each head before it turns.
-    """
-
-    spec: AttentionSpec
-    rotary: Rotary
-    qkv: Linear
-    out: Linear
-    query_norm: Norm | None = None
-    key_norm: Norm | None = None
-
-    def __call__(self, x: torch.Tensor, turn: Turn, attention: AttentionBackend, layer: int) -> torch.Tensor:
-        heads, kv_heads = self.spec.heads, self.spec.kv_heads
-        qkv = self.qkv(x).view(x.shape[0], heads + 2 * kv_heads, self.spec.head_dim)
-        v = qkv[:, heads + kv_heads :]
-        if self.query_norm is not None and self.key_norm is not None:
-            q = rotate(self.query_norm(qkv[:, :heads]), turn)
-            k = rotate(self.key_norm(qkv[:, heads : heads + kv_heads]), turn)
-        else:
-            turned = rotate(qkv[:, : heads + kv_heads], turn)
-            q, k = turned[:, :heads], turned[:, heads:]
-        return self.out(attention.attend(layer, q, k, v))
-
-
-@dataclass(frozen=True)
-class GatedMlp:
-    """down(activation(gate(x)) * up(x)); `gate_up` yields gate and up side by side."""
-
-    gate_up: Linear
-    down: Linear
-    activation: Activation
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(gated(self.activation, self.gate_up(x)))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma also norms what each part returns."""
-
-    attention_norm: Norm
-    attention: SelfAttention
-    mlp_norm: Norm
-    mlp: Callable[[torch.Tensor], torch.Tensor]
-    after_attention_norm: Norm | None = None
-    after_mlp_norm: Norm | None = None
-
-    def __call__(self, x: torch.Tensor, turn: Turn, attention: AttentionBackend, layer: int) -> torch.Tensor:
-        attended = self.attention(self.attention_norm(x), turn, attention, layer)
-        if self.after_attention_norm is not None:
-            attended = self.after_attention_norm(attended)
-        x = x + attended
-        mixed = self.mlp(self.mlp_norm(x))
-        if self.after_mlp_norm is not None:
-            mixed = self.after_mlp_norm(mixed)
-        return x + mixed
+from baton.models.layers import Linear
+from baton.models.stack import Stack
+from baton.models.sublayers import Layer, Norm
 
 
 class Decoder(Model):
@@ -107,9 +42,11 @@ class Decoder(Model):
         self.attention_specs = tuple(layer.attention.spec for layer in layers)
         self.fingerprint = fingerprint
         self._embedding, self._layers, self._norm, self._head = embedding, tuple(layers), norm, head
+        self._rotaries = tuple(dict.fromkeys(layer.attention.rotary for layer in layers))
         # Rounded to the model's dtype first, as it was in training.
         self._scale = None if embedding_scale is None else torch.tensor(embedding_scale).to(embedding)
         self._softcap = logits_softcap
+        self._stack = Stack.of(self._layers)
 
     @torch.inference_mode()
     def forward(
@@ -118,12 +55,12 @@ class Decoder(Model):
         x = F.embedding(token_ids, self._embedding)
         if self._scale is not None:
             x = x * self._scale
-        turns: dict[Rotary, Turn] = {}
+        turns = {rotary: rotary.at(positions) for rotary in self._rotaries}
+        if self._stack is not None and self._stack.takes(x, attention):
+            self._stack.run(x, turns, attention)
+            return self._norm(x)
         for number, layer in enumerate(self._layers):
-            rotary = layer.attention.rotary
-            if rotary not in turns:
-                turns[rotary] = rotary.at(positions)
-            x = layer(x, turns[rotary], attention, number)
+            x = layer(x, turns[layer.attention.rotary], attention, number)
         return self._norm(x)
 
     @torch.inference_mode()

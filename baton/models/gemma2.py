@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from baton.errors import UnsupportedModel
-from baton.models.decoder import Decoder, Layer
+from baton.models.decoder import Decoder
 from baton.models.parts import Parts
+from baton.models.sublayers import Layer
 from baton.models.windows import FULL, SLIDING, layer_kinds
 
 

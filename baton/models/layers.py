@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +26,36 @@ _PACK_ROWS = 8
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Panels:
+    """A product as native.cpp takes it: addresses, sizes, and how many inputs are added up apart."""
+
+    weight: int
+    bias: int | None
+    inputs: int
+    outputs: int
+    chunk: int
+
+
 class Linear:
-    """y = x @ weight.T + bias. weight is [out, in]; x is [rows, in]."""
+    """y = x @ weight.T + bias. weight is [out, in]; x is [rows, in].
+
+    `panels` describes it to the compiled kernels, as long as it lives; None where they cannot compute it.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._packed = _packs(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self._packed else weight
         self._bias = bias
         self._on_cpu = weight.device.type == "cpu"
-        self._few_rows = FewRows.of(weight, self._weight, bias) if self._packed else None
+        self.panels = _panels(weight, self._weight, bias) if self._packed else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not self._on_cpu:
             return F.linear(x, self._weight, self._bias)
         rows = x.shape[0]
-        if self._few_rows is not None and rows <= native.MOST_ROWS:
-            return self._few_rows(x)
+        if self.panels is not None and rows <= native.MOST_ROWS:
+            return _panel_product(x, self.panels)
         if rows < MIN_ROWS:
             x = F.pad(x, (0, 0, 0, MIN_ROWS - rows))
         y = (
@@ -51,82 +66,36 @@ class Linear:
         return y[:rows]
 
 
-#: How many inputs oneDNN adds up apart, by (dtype, out, in, has bias); None where no guess was right.
-_CHUNKS: dict[tuple[torch.dtype, int, int, bool], int | None] = {}
+@dataclass(frozen=True)
+class NativeNorm:
+    """A norm as native.cpp takes it; `round_first`: to the model's dtype before the weight, not after."""
 
-
-class FewRows:
-    """A product of few rows with the weights that oneDNN packed, equal to oneDNN's to the last bit.
-
-    There the speed of memory is the limit, and oneDNN stays below it.
-    """
-
-    def __init__(
-        self,
-        kernel: ctypes._NamedFuncPointer,
-        packed: torch.Tensor,
-        bias: torch.Tensor | None,
-        chunk: int,
-    ) -> None:
-        self._kernel, self._packed, self._bias, self._chunk = kernel, packed, bias, chunk
-        self._out, self._in = packed.shape
-        self._weight_at = torch.ops.mkldnn.data_ptr(packed)
-        self._bias_at = None if bias is None else bias.data_ptr()
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> FewRows | None:
-        """For `packed`, which oneDNN made of `weight` [out, in]; None unless a trial finds all bits equal."""
-        kernel = native.kernel("linear", weight)
-        if kernel is None or not _is_in_panels(weight, packed):
-            return None
-        shape = (weight.dtype, *weight.shape, bias is not None)
-        if shape not in _CHUNKS:
-            inputs = weight.shape[1]
-            x = torch.rand(67, inputs, generator=torch.Generator().manual_seed(0)).to(weight.dtype) - 0.5
-            expected = _packed_product(x, packed, bias)
-            guesses = (512, 1024, inputs, 256, 2048, 128)
-            trials = ((guess, cls(kernel, packed, bias, guess)) for guess in guesses)
-            _CHUNKS[shape] = next((guess for guess, trial in trials if torch.equal(trial(x), expected)), None)
-        chunk = _CHUNKS[shape]
-        return None if chunk is None else cls(kernel, packed, bias, chunk)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x, rows = x.contiguous(), x.shape[0]
-        y = torch.empty(rows, self._out, dtype=x.dtype)
-        self._kernel(
-            x.data_ptr(),
-            rows,
-            self._in,
-            self._chunk,
-            self._weight_at,
-            self._out,
-            self._bias_at,
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y
+    weight: torch.Tensor
+    eps: float
+    round_first: bool
 
 
 class RmsNorm:
     """x / rms(x) * weight over the last axis, the division in float32 (Llama's order of rounding)."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight, self._wide, self._eps = weight, weight.float(), eps
+        self.native = NativeNorm(weight.float(), eps, round_first=True)
+        self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = _native_norm(x, self._wide, self._eps, round_first=True)
-        return self._weight * _normalized(x, self._eps).to(x.dtype) if y is None else y
+        y = _native_norm(x, self.native)
+        return self._weight * _normalized(x, self.native.eps).to(x.dtype) if y is None else y
 
 
 class OffsetRmsNorm:
     """x / rms(x) * (1 + weight), all in float32 (Gemma)."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight, self._eps = 1.0 + weight.float(), eps
+        self.native = NativeNorm(1.0 + weight.float(), eps, round_first=False)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = _native_norm(x, self._weight, self._eps, round_first=False)
-        return (_normalized(x, self._eps) * self._weight).to(x.dtype) if y is None else y
+        y = _native_norm(x, self.native)
+        return (_normalized(x, self.native.eps) * self.native.weight).to(x.dtype) if y is None else y
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -142,21 +111,30 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
 
 
+def added(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + y [rows, size]. May use the memory of x for the result."""
+    kernel = native.kernel("add", x)
+    if kernel is None or not (x.is_contiguous() and y.is_contiguous()):
+        return x + y
+    kernel(x.data_ptr(), y.data_ptr(), *x.shape, torch.get_num_threads())
+    return x
+
+
 def gated(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
     """activation(gate) * up [rows, size] of [rows, 2 * size], gate and up side by side."""
     kernel = native.kernel("gate", gate_up)
-    if kernel is None or activation not in _NATIVE_ACTIVATIONS or not gate_up.is_contiguous():
+    if kernel is None or activation not in NATIVE_ACTIVATIONS or not gate_up.is_contiguous():
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate) * up
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, size, dtype=gate_up.dtype)
-    kind = _NATIVE_ACTIVATIONS.index(activation)
+    kind = NATIVE_ACTIVATIONS.index(activation)
     kernel(gate_up.data_ptr(), rows, size, kind, y.data_ptr(), torch.get_num_threads())
     return y
 
 
 #: In the order of native.cpp's enumeration.
-_NATIVE_ACTIVATIONS: tuple[Activation, ...] = (silu, gelu_tanh)
+NATIVE_ACTIVATIONS: tuple[Activation, ...] = (silu, gelu_tanh)
 
 #: By the name config.json uses in hidden_act or hidden_activation.
 ACTIVATIONS: dict[str, Activation] = {
@@ -172,9 +150,7 @@ def _normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
-def _native_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, round_first: bool
-) -> torch.Tensor | None:
+def _native_norm(x: torch.Tensor, norm: NativeNorm) -> torch.Tensor | None:
     """The compiled norm over the last axis of [rows, size] or [rows, groups, size]; None without one."""
     kernel = native.kernel("norm", x)
     if kernel is None or x.stride(-1) != 1:
@@ -188,9 +164,53 @@ def _native_norm(
         x.shape[-1],
         x.stride(0),
         group_stride,
-        weight.data_ptr(),
-        eps,
-        round_first,
+        norm.weight.data_ptr(),
+        norm.eps,
+        norm.round_first,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+#: How many inputs oneDNN adds up apart, by (dtype, out, in, has bias); None where no guess was right.
+_CHUNKS: dict[tuple[torch.dtype, int, int, bool], int | None] = {}
+
+
+def _panels(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> Panels | None:
+    """Of `packed`, which oneDNN made of `weight` [out, in]; None unless a trial finds all bits of a product
+    equal to oneDNN's, which computes those of many rows."""
+    if native.kernel("linear", weight) is None or not _is_in_panels(weight, packed):
+        return None
+    outputs, inputs = weight.shape
+    addresses = torch.ops.mkldnn.data_ptr(packed), None if bias is None else bias.data_ptr()
+    shape = (weight.dtype, outputs, inputs, bias is not None)
+    if shape not in _CHUNKS:
+        x = torch.rand(67, inputs, generator=torch.Generator().manual_seed(0)).to(weight.dtype) - 0.5
+        expected = _packed_product(x, packed, bias)
+        guesses = (512, 1024, inputs, 256, 2048, 128)
+        trials = ((guess, Panels(*addresses, inputs, outputs, guess)) for guess in guesses)
+        _CHUNKS[shape] = next(
+            (guess for guess, trial in trials if torch.equal(_panel_product(x, trial), expected)), None
+        )
+    chunk = _CHUNKS[shape]
+    return None if chunk is None else Panels(*addresses, inputs, outputs, chunk)
+
+
+def _panel_product(x: torch.Tensor, panels: Panels) -> torch.Tensor:
+    """The product by the compiled kernel, which reads weights faster than oneDNN where rows are few."""
+    kernel = native.kernel("linear", x)
+    assert kernel is not None
+    x, rows = x.contiguous(), x.shape[0]
+    y = torch.empty(rows, panels.outputs, dtype=x.dtype)
+    kernel(
+        x.data_ptr(),
+        rows,
+        panels.inputs,
+        panels.chunk,
+        panels.weight,
+        panels.outputs,
+        panels.bias,
         y.data_ptr(),
         torch.get_num_threads(),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from baton.models.decoder import Decoder, Layer
+from baton.models.decoder import Decoder
 from baton.models.moe import sparse_mlp
 from baton.models.parts import Parts
+from baton.models.sublayers import Layer
 
 
 def build(parts: Parts, fingerprint: str) -> Decoder:

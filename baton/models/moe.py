@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from baton.models.decoder import GatedMlp
 from baton.models.layers import Activation, Linear
 from baton.models.parts import Parts
+from baton.models.sublayers import GatedMlp
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-// The CPU's inner loops where torch's cost more than memory does: products of few rows, norms, rotary
-// embedding, activations and paged attention. Compiled on first use by native.py, called through ctypes.
+// The CPU's inner loops where torch's cost more than memory does: products, norms, rotary embedding,
+// activations, paged attention, and whole layers of these. Compiled on first use by native.py, called through ctypes.
 // torch's own operators do the same wherever this file cannot be compiled.
 //
 // Every output value is one fixed chain of operations that no batch mate, chunk or thread takes part in:
 // lanes never mix rows, sums add up in one order, tiles of keys start at multiples of TILE in the
 // sequence's own positions. -ffp-contract=off keeps a loop's vector body and its tail equal.
+//
+// A TEAM function is entered by all threads of a team; they divide its rows, columns or heads among them
+// and leave it together.
 //
 // Products read weights where oneDNN packed them, [N / 64][K / P][64][P] (P is 2 for bfloat16, 1 for float32),
 // and add up in oneDNN's order, so a row has the same bits from either.
@@ -16,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #ifndef __AVX512BF16__
@@ -23,6 +27,8 @@
 #endif
 
 using i64 = int64_t;
+
+#define TEAM static
 
 struct bf16 {
     uint16_t bits;
@@ -71,6 +77,18 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+// 2^x for x <= 0 or so, within 4 ulp; 0 for -infinity where `seen` leaves a lane out.
+static inline __m512 exp2_16(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(1.339086336e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.676031918e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550357114e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402210749e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931471880e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
 static inline __m512 tanh16(__m512 x) {
     // 1 - 2 / (e^2x + 1); exp16 clamps where the result is 1 or -1 anyway.
     __m512 e = exp16(_mm512_add_ps(x, x));
@@ -78,7 +96,7 @@ static inline __m512 tanh16(__m512 x) {
     return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
 }
 
-// ---- products of few rows ---------------------------------------------------------------------------
+// ---- products ----------------------------------------------------------------------------------------
 
 static inline __m512 multiply_add(__m512 sum, const bf16 *x, const bf16 *w) {
     int32_t pair;
@@ -89,11 +107,12 @@ static inline __m512 multiply_add(__m512 sum, const float *x, const float *w) {
     return _mm512_fmadd_ps(_mm512_set1_ps(*x), _mm512_loadu_ps(w), sum);
 }
 
-constexpr i64 AHEAD = 4096; // bytes of weights fetched in advance
-
 template <class T> constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
 
-// Weights to fetch while computing: `lines` cache lines of every 256 bytes (one step) from `from` on.
+constexpr i64 AHEAD = 4096; // bytes of weights fetched in advance
+constexpr i64 MOST = 6;     // rows whose sums fit the registers
+
+// Weights to fetch while computing: `lines` cache lines of every 256 bytes (one step).
 struct Fetch {
     const char *from;
     int lines;
@@ -134,20 +153,20 @@ static void panel(const T *x, i64 k, i64 chunk, const T *w, const T *bias, T *y,
 }
 
 template <class T>
-static void product(const T *x, i64 m, i64 k, i64 chunk, const T *w, i64 n, const T *bias, T *y, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+TEAM void product(const T *x, i64 m, i64 k, i64 chunk, const T *w, i64 n, const T *bias, T *y) {
+    static constexpr decltype(&panel<T, 1>) by_rows[] = {panel<T, 1>, panel<T, 2>, panel<T, 3>,
+                                                         panel<T, 4>, panel<T, 5>, panel<T, 6>};
+    const i64 passes = (m + MOST - 1) / MOST;
+    // One pass fetches a little ahead of itself; of several, the first ones fetch the next panel.
+    const int lines = passes == 1 ? 4 : passes < 4 ? 2 : 1;
+    const i64 ahead = passes == 1 ? AHEAD : 64 * k * i64(sizeof(T));
+#pragma omp for schedule(static)
     for (i64 at = 0; at < n / 64; at++) {
         const T *weights = w + at * 64 * k, *b = bias ? bias + at * 64 : nullptr;
-        T *out = y + at * 64;
-        // One pass fetches a little ahead of itself; several share the next panel among them.
-        i64 passes = (m + 3) / 4;
-        int lines = passes == 1 ? 4 : passes < 4 ? 2 : 1;
-        const char *next = (const char *)weights + (passes == 1 ? AHEAD : 64 * k * i64(sizeof(T)));
-        for (i64 row = 0, pass = 0; row < m; pass++) {
-            Fetch fetch{next + pass * lines * 64, pass * lines < 4 ? lines : 0};
-            i64 some = std::min<i64>(4, m - row);
-            auto rows = some == 4 ? panel<T, 4> : some == 3 ? panel<T, 3> : some == 2 ? panel<T, 2> : panel<T, 1>;
-            rows(x + row * k, k, chunk, weights, b, out + row * n, n, fetch);
+        for (i64 row = 0, pass = 0; pass < passes; pass++) {
+            i64 some = (m - row + passes - pass - 1) / (passes - pass);
+            Fetch fetch{(const char *)weights + ahead + pass * lines * 64, pass * lines < 4 ? lines : 0};
+            by_rows[some - 1](x + row * k, k, chunk, weights, b, y + row * n + at * 64, n, fetch);
             row += some;
         }
     }
@@ -171,7 +190,7 @@ static inline __m512 rounded(__m512 x, bf16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
-// One row. round_first: round x / rms(x) to T before the weight (Llama); else multiply first (Gemma).
+// One row, y may be x. round_first: round x / rms(x) to T before the weight (Llama); else multiply first (Gemma).
 template <class T>
 static void norm_row(const T *x, i64 size, const float *weight, float eps, bool round_first, T *y) {
     __m512 sum = _mm512_setzero_ps();
@@ -189,9 +208,9 @@ static void norm_row(const T *x, i64 size, const float *weight, float eps, bool 
 }
 
 template <class T>
-static void norm(const T *x, i64 rows, i64 groups, i64 size, i64 row_stride, i64 group_stride,
-                 const float *weight, float eps, bool round_first, T *y, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 8)
+TEAM void norm(const T *x, i64 rows, i64 groups, i64 size, i64 row_stride, i64 group_stride, const float *weight,
+               float eps, bool round_first, T *y) {
+#pragma omp for schedule(static)
     for (i64 row = 0; row < rows; row++)
         for (i64 group = 0; group < groups; group++)
             norm_row(x + row * row_stride + group * group_stride, size, weight, eps, round_first,
@@ -212,8 +231,8 @@ static inline __m512 activate(__m512 x, i64 kind) {
     return _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), x), _mm512_add_ps(one, t));
 }
 
-template <class T> static void gate(const T *x, i64 rows, i64 size, i64 kind, T *y, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 4)
+template <class T> TEAM void gate(const T *x, i64 rows, i64 size, i64 kind, T *y) {
+#pragma omp for schedule(static)
     for (i64 row = 0; row < rows; row++) {
         const T *gates = x + row * 2 * size, *ups = gates + size;
         for (i64 at = 0; at < size; at += 16) {
@@ -224,26 +243,39 @@ template <class T> static void gate(const T *x, i64 rows, i64 size, i64 kind, T 
     }
 }
 
-// Turns the leading 2 * half dimensions of every head of x [rows, heads, dim] (row_stride apart) in place.
-// cosines and sines are [rows, half].
-template <class T>
-static void rotate(T *x, i64 rows, i64 heads, i64 dim, i64 row_stride, const float *cosines,
-                   const float *sines, i64 half, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 8)
-    for (i64 row = 0; row < rows; row++) {
-        const float *c = cosines + row * half, *s = sines + row * half;
-        for (i64 head = 0; head < heads; head++) {
-            T *first = x + row * row_stride + head * dim, *second = first + half;
-            for (i64 at = 0; at < half; at += 16) {
-                __mmask16 m = lanes(half - at);
-                __m512 cos = _mm512_maskz_loadu_ps(m, c + at), sin = _mm512_maskz_loadu_ps(m, s + at);
-                __m512 a = load_some(first + at, m), b = load_some(second + at, m);
-                __m512 bs = _mm512_mul_ps(b, sin), as = _mm512_mul_ps(a, sin);
-                store_some(first + at, m, _mm512_fmsub_ps(a, cos, bs));
-                store_some(second + at, m, _mm512_fmadd_ps(b, cos, as));
-            }
-        }
+template <class T> static void add_row(T *x, const T *y, i64 size) {
+    for (i64 at = 0; at < size; at += 16) {
+        __mmask16 m = lanes(size - at);
+        store_some(x + at, m, _mm512_add_ps(load_some(x + at, m), load_some(y + at, m)));
     }
+}
+
+template <class T> TEAM void add(T *x, const T *y, i64 rows, i64 size) {
+#pragma omp for schedule(static)
+    for (i64 row = 0; row < rows; row++) add_row(x + row * size, y + row * size, size);
+}
+
+// Turns the leading 2 * half dimensions of one head in place.
+template <class T> static void rotate_head(T *first, const float *cosines, const float *sines, i64 half) {
+    T *second = first + half;
+    for (i64 at = 0; at < half; at += 16) {
+        __mmask16 m = lanes(half - at);
+        __m512 cos = _mm512_maskz_loadu_ps(m, cosines + at), sin = _mm512_maskz_loadu_ps(m, sines + at);
+        __m512 a = load_some(first + at, m), b = load_some(second + at, m);
+        __m512 bs = _mm512_mul_ps(b, sin), as = _mm512_mul_ps(a, sin);
+        store_some(first + at, m, _mm512_fmsub_ps(a, cos, bs));
+        store_some(second + at, m, _mm512_fmadd_ps(b, cos, as));
+    }
+}
+
+// x is [rows, heads, dim], row_stride apart; cosines and sines are [rows, half].
+template <class T>
+TEAM void rotate(T *x, i64 rows, i64 heads, i64 dim, i64 row_stride, const float *cosines, const float *sines,
+                 i64 half) {
+#pragma omp for schedule(static)
+    for (i64 row = 0; row < rows; row++)
+        for (i64 head = 0; head < heads; head++)
+            rotate_head(x + row * row_stride + head * dim, cosines + row * half, sines + row * half, half);
 }
 
 // ---- paged attention ---------------------------------------------------------------------------------
@@ -269,7 +301,6 @@ struct Attention {
     i64 pieces;              // how many (sequence, first query) there are
     const i64 *piece_sequence, *piece_query;
     i64 piece_queries;       // queries of a piece at most
-    int threads;
 };
 
 static inline void transpose16(const void *const rows[16], i64 column, int32_t *out) {
@@ -309,6 +340,14 @@ template <class T> struct Scratch {
     std::vector<T> likely;        // [QUERY_ROWS][TILE]
     std::vector<float> total;     // [QUERY_ROWS][columns]
     std::vector<float> top, weight, keep;
+
+    // The calling thread's own, kept from call to call.
+    static Scratch &own(i64 dim) {
+        static thread_local std::unique_ptr<Scratch> kept;
+        static thread_local i64 kept_dim = 0;
+        if (kept_dim != dim) kept.reset(new Scratch(dim)), kept_dim = dim;
+        return *kept;
+    }
 
     explicit Scratch(i64 dim)
         : steps((dim + PAIR<T> - 1) / PAIR<T>), columns((dim + 15) / 16 * 16), keys(TILE * steps),
@@ -357,69 +396,93 @@ static void load_tile(const Attention &a, Scratch<T> &s, const i64 *table, i64 s
     }
 }
 
-// ROWS rows against the loaded tile's keys.
+// ROWS rows against the loaded tile's keys, GROUPS times 16 of them from `group` on.
+template <class T, int ROWS, int GROUPS>
+static inline void score_groups(const Scratch<T> &s, const T *q, i64 group, float (*scores)[TILE]) {
+    constexpr int P = PAIR<T>;
+    const T *keys = (const T *)(s.keys.data() + group * s.steps * 16);
+    __m512 sum[ROWS][GROUPS];
+    for (auto &row : sum)
+        for (auto &each : row) each = _mm512_setzero_ps();
+    for (i64 step = 0; step < s.steps; step++)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUPS; g++)
+                sum[r][g] = multiply_add(sum[r][g], q + (r * s.steps + step) * P, keys + (g * s.steps + step) * 16 * P);
+    for (int r = 0; r < ROWS; r++)
+        for (int g = 0; g < GROUPS; g++) _mm512_storeu_ps(scores[r] + (group + g) * 16, sum[r][g]);
+}
+
 template <class T, int ROWS>
 static void score(const Scratch<T> &s, i64 row, i64 groups, float (*scores)[TILE]) {
-    constexpr int P = PAIR<T>;
-    const T *q = s.queries.data() + row * s.steps * P;
-    for (i64 group = 0; group < groups; group++) {
-        const T *keys = (const T *)(s.keys.data() + group * s.steps * 16);
-        __m512 sum[ROWS];
-        for (auto &each : sum) each = _mm512_setzero_ps();
-        for (i64 step = 0; step < s.steps; step++)
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-                sum[r] = multiply_add(sum[r], q + (r * s.steps + step) * P, keys + step * 16 * P);
-        for (int r = 0; r < ROWS; r++) _mm512_storeu_ps(scores[r] + group * 16, sum[r]);
-    }
+    const T *q = s.queries.data() + row * s.steps * PAIR<T>;
+    i64 group = 0;
+    for (; group + 2 <= groups; group += 2) score_groups<T, ROWS, 2>(s, q, group, scores);
+    if (group < groups) score_groups<T, ROWS, 1>(s, q, group, scores);
 }
 
-// ROWS rows of likely times the loaded tile's values, onto the totals scaled by `keep`.
-template <class T, int ROWS> static void mix(Scratch<T> &s, i64 row, i64 groups) {
+// ROWS rows of likely times PARTS times 16 columns of the loaded tile's values, onto the totals scaled by `keep`.
+template <class T, int ROWS, int PARTS> static inline void mix_columns(Scratch<T> &s, i64 row, i64 at, i64 groups) {
     constexpr int P = PAIR<T>;
     const T *likely = s.likely.data() + row * TILE;
-    float *total = s.total.data() + row * s.columns;
-    for (i64 at = 0; at < s.columns; at += 16) {
-        __m512 sum[ROWS];
-        for (int r = 0; r < ROWS; r++)
-            sum[r] = _mm512_mul_ps(_mm512_loadu_ps(total + r * s.columns + at), _mm512_set1_ps(s.keep[row + r]));
-        for (i64 key = 0; key < groups * 16; key += P)
+    float *total = s.total.data() + row * s.columns + at;
+    __m512 sum[ROWS][PARTS];
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PARTS; p++)
+            sum[r][p] = _mm512_mul_ps(_mm512_loadu_ps(total + r * s.columns + p * 16), _mm512_set1_ps(s.keep[row + r]));
+    const T *values = s.values.data() + at * P;
+    for (i64 key = 0; key < groups * 16; key += P)
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-                sum[r] = multiply_add(sum[r], likely + r * TILE + key,
-                                      s.values.data() + key * s.columns + at * P);
-        for (int r = 0; r < ROWS; r++) _mm512_storeu_ps(total + r * s.columns + at, sum[r]);
-    }
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++)
+                sum[r][p] = multiply_add(sum[r][p], likely + r * TILE + key, values + key * s.columns + p * 16 * P);
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PARTS; p++) _mm512_storeu_ps(total + r * s.columns + p * 16, sum[r][p]);
 }
 
-// Row `row` sees keys from .. to - 1 of the tile: softmax weights so far.
+template <class T, int ROWS> static void mix(Scratch<T> &s, i64 row, i64 groups) {
+    i64 at = 0;
+    for (; at + 32 <= s.columns; at += 32) mix_columns<T, ROWS, 2>(s, row, at, groups);
+    if (at < s.columns) mix_columns<T, ROWS, 1>(s, row, at, groups);
+}
+
+// Row `row` sees keys from .. to - 1 of the tile: softmax weights so far. Scores count in powers of two.
 template <class T>
 static void weigh(const Attention &a, Scratch<T> &s, i64 row, i64 from, i64 to, i64 groups, float *scores) {
+    const float log2e = 1.44269504f;
     __m512 value[TILE / 16];
     __m512 best = _mm512_set1_ps(s.top[row]);
+    bool all = from <= 0 && to >= groups * 16;
     for (i64 group = 0; group < groups; group++) {
-        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + group * 16), _mm512_set1_ps(a.scale));
+        __m512 x = _mm512_loadu_ps(scores + group * 16);
         if (a.softcap != 0) {
             __m512 cap = _mm512_set1_ps(a.softcap);
-            x = _mm512_mul_ps(tanh16(_mm512_div_ps(x, cap)), cap);
+            x = tanh16(_mm512_div_ps(_mm512_mul_ps(x, _mm512_set1_ps(a.scale)), cap));
+            x = _mm512_mul_ps(x, _mm512_set1_ps(a.softcap * log2e));
+        } else
+            x = _mm512_mul_ps(x, _mm512_set1_ps(a.scale * log2e));
+        if (!all) {
+            __m512i number = _mm512_add_epi32(_mm512_set1_epi32(int(group * 16)),
+                                              _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+            __mmask16 seen = _mm512_cmpge_epi32_mask(number, _mm512_set1_epi32(int(from))) &
+                             _mm512_cmplt_epi32_mask(number, _mm512_set1_epi32(int(to)));
+            x = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), x);
         }
-        __m512i number = _mm512_add_epi32(_mm512_set1_epi32(int(group * 16)),
-                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        __mmask16 seen = _mm512_cmpge_epi32_mask(number, _mm512_set1_epi32(int(from))) &
-                         _mm512_cmplt_epi32_mask(number, _mm512_set1_epi32(int(to)));
-        value[group] = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), x);
-        best = _mm512_max_ps(best, value[group]);
+        value[group] = x;
+        best = _mm512_max_ps(best, x);
     }
     float top = _mm512_reduce_max_ps(best);
     __m512 sum = _mm512_setzero_ps();
     for (i64 group = 0; group < groups; group++) {
-        __mmask16 seen = _mm512_cmp_ps_mask(value[group], _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-        __m512 p = _mm512_maskz_mov_ps(seen, exp16(_mm512_sub_ps(value[group], _mm512_set1_ps(top))));
+        __m512 p = exp2_16(_mm512_sub_ps(value[group], _mm512_set1_ps(top)));
+        if (!all) p = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(value[group], _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ), p);
         sum = _mm512_add_ps(sum, p);
         store16(s.likely.data() + row * TILE + group * 16, p);
     }
     float before = s.top[row] == -INFINITY ? 0.0f
-                                           : _mm512_cvtss_f32(exp16(_mm512_set1_ps(s.top[row] - top)));
+                                           : _mm512_cvtss_f32(exp2_16(_mm512_set1_ps(s.top[row] - top)));
     s.keep[row] = before;
     s.weight[row] = s.weight[row] * before + _mm512_reduce_add_ps(sum);
     s.top[row] = top;
@@ -434,14 +497,14 @@ template <class T> static void piece(const Attention &a, Scratch<T> &s, i64 numb
     i64 position = a.contexts[sequence] - new_tokens + first, token = a.first_rows[sequence] + first;
     const i64 *table = a.blocks + a.first_blocks[sequence];
     i64 rows = queries * share;
-    std::fill(s.queries.begin(), s.queries.end(), T{});
+    std::fill_n(s.queries.begin(), rows * s.steps * P, T{});
     for (i64 row = 0; row < rows; row++)
         std::memcpy(s.queries.data() + row * s.steps * P,
                     (const T *)a.q + (token + row / share) * a.q_stride + (head * share + row % share) * a.dim,
                     a.dim * sizeof(T));
-    std::fill(s.total.begin(), s.total.end(), 0.0f);
-    std::fill(s.weight.begin(), s.weight.end(), 0.0f);
-    std::fill(s.top.begin(), s.top.end(), -INFINITY);
+    std::fill_n(s.total.begin(), rows * s.columns, 0.0f);
+    std::fill_n(s.weight.begin(), rows, 0.0f);
+    std::fill_n(s.top.begin(), rows, -INFINITY);
     i64 oldest = a.window ? std::max<i64>(0, position - a.window + 1) : 0;
     for (i64 start = oldest / TILE * TILE; start < position + queries; start += TILE) {
         i64 count = std::min(TILE, position + queries - start), groups = (count + 15) / 16;
@@ -491,42 +554,129 @@ template <class T> static void store_new(const Attention &a, i64 sequence, i64 a
     }
 }
 
-template <class T> static void attend(const Attention &a) {
-#pragma omp parallel num_threads(a.threads)
-    {
-        for (i64 sequence = 0; sequence < a.sequences; sequence++) {
-            i64 tokens = a.first_rows[sequence + 1] - a.first_rows[sequence];
+template <class T> TEAM void attend(const Attention &a) {
+    for (i64 sequence = 0; sequence < a.sequences; sequence++) {
+        i64 tokens = a.first_rows[sequence + 1] - a.first_rows[sequence];
 #pragma omp for schedule(static) nowait
-            for (i64 at = 0; at < tokens; at++) store_new<T>(a, sequence, at);
-        }
+        for (i64 at = 0; at < tokens; at++) store_new<T>(a, sequence, at);
+    }
 #pragma omp barrier
-        Scratch<T> scratch(a.dim);
+    Scratch<T> &scratch = Scratch<T>::own(a.dim);
 #pragma omp for schedule(dynamic)
-        for (i64 task = 0; task < a.pieces * a.kv_heads; task++)
-            piece(a, scratch, a.pieces - 1 - task / a.kv_heads, task % a.kv_heads);
+    for (i64 task = 0; task < a.pieces * a.kv_heads; task++)
+        piece(a, scratch, a.pieces - 1 - task / a.kv_heads, task % a.kv_heads);
+}
+
+// ---- whole layers ------------------------------------------------------------------------------------
+
+// What stack.py passes; keep the two in step.
+struct Norm {
+    const float *weight; // null: no norm here
+    float eps;
+    int round_first;
+};
+struct Product {
+    const void *panels, *bias;
+    i64 in, out, chunk;
+};
+struct Turn {
+    const float *cosines, *sines; // [rows, half]
+    i64 half;
+};
+struct Layer {
+    Norm before_attention, query, key, after_attention, before_mlp, after_mlp;
+    Product qkv, out, gate_up, down;
+    i64 activation, window;
+    float scale, softcap;
+    i64 turn; // which of the step's
+};
+struct Step {
+    void *x;                                   // [rows, size], changed in place
+    void *normed, *qkv, *mixed, *back, *wide, *gated; // room for a step's rows
+    i64 rows, size;
+    const Turn *turns;
+    i64 layer_values;                          // distance of layers in a block of the pool
+};
+
+template <class T> static void norm_in_place(T *x, i64 size, const Norm &n) {
+    if (n.weight) norm_row(x, size, n.weight, n.eps, n.round_first, x);
+}
+
+template <class T> TEAM void multiply(const Product &p, const void *x, i64 rows, void *y) {
+    product((const T *)x, rows, p.in, p.chunk, (const T *)p.panels, p.out, (const T *)p.bias, (T *)y);
+}
+
+// x += norm(back), then normed = next(x) where there is a next part.
+template <class T> TEAM void add_and_norm(const Step &s, const Norm &after, const Norm *next) {
+#pragma omp for schedule(static)
+    for (i64 row = 0; row < s.rows; row++) {
+        T *x = (T *)s.x + row * s.size, *back = (T *)s.back + row * s.size;
+        norm_in_place(back, s.size, after);
+        add_row(x, back, s.size);
+        if (next) norm_row(x, s.size, next->weight, next->eps, next->round_first, (T *)s.normed + row * s.size);
     }
 }
 
-// ---- what native.py binds: each function once per element type --------------------------------------
+template <class T> TEAM void stack(const Layer *layers, i64 count, const Step &s, Attention a) {
+    const i64 turning = a.heads + a.kv_heads, stride = (turning + a.kv_heads) * a.dim;
+    T *qkv = (T *)s.qkv;
+    a.q = qkv, a.k = qkv + a.heads * a.dim, a.v = qkv + turning * a.dim, a.out = s.mixed;
+    a.q_stride = a.k_stride = a.v_stride = stride;
+    const Norm &first = layers[0].before_attention;
+    norm((const T *)s.x, s.rows, 1, s.size, s.size, 0, first.weight, first.eps, first.round_first, (T *)s.normed);
+    for (i64 number = 0; number < count; number++) {
+        const Layer &layer = layers[number];
+        const Turn &turn = s.turns[layer.turn];
+        multiply<T>(layer.qkv, s.normed, s.rows, qkv);
+#pragma omp for schedule(static)
+        for (i64 row = 0; row < s.rows; row++)
+            for (i64 head = 0; head < turning; head++) {
+                T *x = qkv + row * stride + head * a.dim;
+                norm_in_place(x, a.dim, head < a.heads ? layer.query : layer.key);
+                rotate_head(x, turn.cosines + row * turn.half, turn.sines + row * turn.half, turn.half);
+            }
+        a.layer_offset = number * s.layer_values;
+        a.window = layer.window, a.scale = layer.scale, a.softcap = layer.softcap;
+        attend<T>(a);
+        multiply<T>(layer.out, s.mixed, s.rows, s.back);
+        add_and_norm<T>(s, layer.after_attention, &layer.before_mlp);
+        multiply<T>(layer.gate_up, s.normed, s.rows, s.wide);
+        gate((const T *)s.wide, s.rows, layer.down.in, layer.activation, (T *)s.gated);
+        multiply<T>(layer.down, s.gated, s.rows, s.back);
+        add_and_norm<T>(s, layer.after_mlp, number + 1 < count ? &layers[number + 1].before_attention : nullptr);
+    }
+}
 
-#define FOR_TYPE(name, T)                                                                                  \
-    extern "C" void linear_##name(const T *x, i64 m, i64 k, i64 chunk, const T *w, i64 n, const T *bias, T *y,\
-                                  int t) {                                                                 \
-        product<T>(x, m, k, chunk, w, n, bias, y, t);                                                      \
-    }                                                                                                      \
-    extern "C" void norm_##name(const T *x, i64 rows, i64 groups, i64 size, i64 row_stride,                \
-                                i64 group_stride, const float *weight, float eps, int round_first, T *y,   \
-                                int t) {                                                                   \
-        norm<T>(x, rows, groups, size, row_stride, group_stride, weight, eps, round_first, y, t);          \
-    }                                                                                                      \
-    extern "C" void gate_##name(const T *x, i64 rows, i64 size, i64 kind, T *y, int t) {                   \
-        gate<T>(x, rows, size, kind, y, t);                                                                \
-    }                                                                                                      \
-    extern "C" void rotate_##name(T *x, i64 rows, i64 heads, i64 dim, i64 row_stride, const float *cos,    \
-                                  const float *sin, i64 half, int t) {                                     \
-        rotate<T>(x, rows, heads, dim, row_stride, cos, sin, half, t);                                     \
-    }                                                                                                      \
-    extern "C" void attend_##name(const Attention *a) { attend<T>(*a); }
+// ---- what native.py binds: each function once per element type, with a team of so many threads --------
+
+#define FOR_TYPE(name, T)                                                                                      \
+    extern "C" void linear_##name(const T *x, i64 m, i64 k, i64 chunk, const T *w, i64 n, const T *bias, T *y, \
+                                  int threads) {                                                               \
+        _Pragma("omp parallel num_threads(threads)") product<T>(x, m, k, chunk, w, n, bias, y);                \
+    }                                                                                                          \
+    extern "C" void norm_##name(const T *x, i64 rows, i64 groups, i64 size, i64 row_stride, i64 group_stride,  \
+                                const float *weight, float eps, int round_first, T *y, int threads) {          \
+        _Pragma("omp parallel num_threads(threads) if (rows > 8)")                                             \
+            norm<T>(x, rows, groups, size, row_stride, group_stride, weight, eps, round_first, y);             \
+    }                                                                                                          \
+    extern "C" void gate_##name(const T *x, i64 rows, i64 size, i64 kind, T *y, int threads) {                 \
+        _Pragma("omp parallel num_threads(threads) if (rows > 4)") gate<T>(x, rows, size, kind, y);            \
+    }                                                                                                          \
+    extern "C" void add_##name(T *x, const T *y, i64 rows, i64 size, int threads) {                            \
+        _Pragma("omp parallel num_threads(threads) if (rows > 8)") add<T>(x, y, rows, size);                   \
+    }                                                                                                          \
+    extern "C" void rotate_##name(T *x, i64 rows, i64 heads, i64 dim, i64 row_stride, const float *cos,        \
+                                  const float *sin, i64 half, int threads) {                                   \
+        _Pragma("omp parallel num_threads(threads) if (rows > 8)")                                             \
+            rotate<T>(x, rows, heads, dim, row_stride, cos, sin, half);                                        \
+    }                                                                                                          \
+    extern "C" void attend_##name(const Attention *a, int threads) {                                           \
+        _Pragma("omp parallel num_threads(threads)") attend<T>(*a);                                            \
+    }                                                                                                          \
+    extern "C" void stack_##name(const Layer *layers, i64 count, const Step *step, const Attention *a,         \
+                                 int threads) {                                                                \
+        _Pragma("omp parallel num_threads(threads)") stack<T>(layers, count, *step, *a);                       \
+    }
 
 FOR_TYPE(float32, float)
 FOR_TYPE(bfloat16, bf16)

@@ -33,15 +33,17 @@ _COMPILE_DEADLINE_S = 120.0
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 #: Outputs that a product computes together; oneDNN packs weights in panels of as many.
 PANEL = 64
-#: Above so many rows the arithmetic is the limit, and oneDNN is as fast or faster.
-MOST_ROWS = 12
+#: Above so many rows oneDNN is as fast.
+MOST_ROWS = 256
 
 _ARGUMENTS: dict[str, list[type]] = {
     "linear": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int],
     "norm": [c_void_p, *[c_int64] * 5, c_void_p, c_float, c_int, c_void_p, c_int],
     "gate": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "rotate": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int],
-    "attend": [c_void_p],
+    "add": [c_void_p, c_void_p, c_int64, c_int64, c_int],
+    "attend": [c_void_p, c_int],
+    "stack": [c_void_p, c_int64, c_void_p, c_void_p, c_int],
 }
 
 

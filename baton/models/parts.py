@@ -9,10 +9,11 @@ import torch
 from baton.attention.base import AttentionSpec
 from baton.errors import UnsupportedModel
 from baton.models.config import ModelConfig
-from baton.models.decoder import Decoder, GatedMlp, Layer, Norm, SelfAttention
+from baton.models.decoder import Decoder
 from baton.models.layers import ACTIVATIONS, Activation, Linear, OffsetRmsNorm, RmsNorm
 from baton.models.rope import Rotary
 from baton.models.rope_config import read_rope
+from baton.models.sublayers import GatedMlp, Layer, Norm, SelfAttention
 from baton.models.weights import Weights
 
 

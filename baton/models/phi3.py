@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from baton.models.decoder import Decoder, GatedMlp, Layer, SelfAttention
+from baton.models.decoder import Decoder
 from baton.models.parts import Parts
+from baton.models.sublayers import GatedMlp, Layer, SelfAttention
 
 
 def build(parts: Parts, fingerprint: str) -> Decoder:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from baton.models.decoder import Decoder, Layer
+from baton.models.decoder import Decoder
 from baton.models.parts import Parts
+from baton.models.sublayers import Layer
 from baton.models.windows import qwen_windows
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from baton.models.decoder import Decoder, Layer
+from baton.models.decoder import Decoder
 from baton.models.moe import sparse_mlp
 from baton.models.parts import Parts
+from baton.models.sublayers import Layer
 
 
 def build(parts: Parts, fingerprint: str) -> Decoder:

@@ -18,7 +18,8 @@ from baton.models import native
 from baton.models.base import Model
 from baton.models.loader import load_model
 
-# Sizes that no vector register divides, one key head and many, windows, soft-capping, experts.
+# Sizes that no vector register divides, one key head and many, windows, soft-capping, experts; and sizes for
+# which few rows go through all layers in one call of the compiled kernels, with every norm there is.
 MODELS = (
     Variant(
         "ungrouped",
@@ -53,6 +54,17 @@ MODELS = (
             "num_experts_per_tok": 7,
             "moe_intermediate_size": 23,
             "norm_topk_prob": True,
+        },
+    ),
+    Variant(
+        "whole-panels",
+        "Gemma3TextConfig",
+        {
+            "hidden_size": 128,
+            "head_dim": 32,
+            "intermediate_size": 96,
+            "sliding_window": 70,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
 )
