@@ -19,6 +19,7 @@ from baton.errors import BatonError
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RoleName = Literal["prefill", "decode", "hybrid"]
+AttentionName = Literal["auto", "flashinfer", "flash", "native", "tiled"]
 PolicyName = Literal["prefix", "least-loaded", "round-robin", "random", "session"]
 
 
@@ -58,6 +59,9 @@ class EngineSettings:
     block_size: int = setting(
         0, "tokens per KV block, a power of two [0: what the backend prefers, 16 on cpu]", minimum=0
     )
+    attention: AttentionName = setting(
+        "auto", "attention backend; auto is the fastest of them that is installed and can serve the model"
+    )
     kv_blocks: int = setting(0, "KV blocks in the pool [0: from --kv-bytes]", minimum=0)
     kv_bytes: int = setting(
         0,
@@ -74,12 +78,23 @@ class EngineSettings:
         0.9, "share of a GPU's memory that weights and KV of one worker take", minimum=0.01, maximum=1
     )
     max_batch_tokens: int = setting(
-        512,
+        0,
         "tokens computed per engine step at most [0: as few as reach full prefill speed, measured at start]",
+        minimum=0,
+    )
+    itl_target_s: float = setting(
+        0.0,
+        "seconds a step in which requests decode should take at most: by the step times measured at start, "
+        "fewer prompt tokens and fewer new requests join it [0: unbounded]",
         minimum=0,
     )
     max_batch_requests: int = setting(64, "requests decoded per engine step at most", minimum=1)
     max_waiting: int = setting(1024, "requests a worker queues before it refuses more", minimum=1)
+    overlap: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "begin an engine step while the device computes the one before; auto is on on cuda, off on cpu",
+    )
+    cuda_graphs: bool = setting(True, "on cuda, run decode steps as graphs recorded at start")
     threads: int = setting(0, "torch threads of a worker [0: its share of the cores]", minimum=0)
 
 

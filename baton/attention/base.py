@@ -54,6 +54,15 @@ class KvCache(ABC):
         """The whole pool; its first axis is the block id. What NIXL registers."""
 
 
+class FixedRows(ABC):
+    """Steps of one new token for each of at most so many sequences, described in tensors that stay where
+    they are, for graphs recorded over them."""
+
+    @abstractmethod
+    def begin(self, batch: AttentionBatch) -> None:
+        """As `AttentionBackend.begin`. Rows that the batch leaves over write to a block outside the pool."""
+
+
 class AttentionBackend(ABC):
     """Writes the step's keys and values into the pool and attends over what the pool holds.
 
@@ -67,6 +76,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def begin(self, batch: AttentionBatch) -> None:
         """Prepare the indices of one step."""
+
+    def fixed_rows(self, rows: int, longest_context: int) -> FixedRows | None:
+        """Room for steps of up to `rows` sequences of up to `longest_context` tokens; None where the backend
+        cannot describe a step in tensors that stay."""
+        return None
 
     @abstractmethod
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from baton.attention import cuda, native, tiled
+from baton.attention import flash, flashinfer, native, tiled
 from baton.attention.base import AttentionBackend, AttentionSpec
-from baton.config import BadSetting
+from baton.attention.paged import PagedKvCache
+from baton.config import AttentionName, BadSetting
+from baton.device import device_of
 from baton.errors import UnsupportedModel
 from baton.kv.hashing import KvLayout
 
 
-def preferred_block_size(device: torch.device, dtype: torch.dtype, specs: Sequence[AttentionSpec]) -> int:
-    """Tokens per KV block that the backend for `specs` on `device` works best with."""
-    if cuda.supports(device, dtype, specs):
-        return cuda.PAGE_TOKENS
-    return tiled.PREFERRED_BLOCK_SIZE
+def preferred_block_size(
+    device: torch.device,
+    dtype: torch.dtype,
+    specs: Sequence[AttentionSpec],
+    wanted: AttentionName = "auto",
+) -> int:
+    """Tokens per KV block that the backend for `specs` on `device` works best with.
+
+    Raises:
+        BadSetting: the backend `wanted` cannot serve them.
+    """
+    return _PREFERRED_BLOCK_SIZES[_choose(device, dtype, specs, wanted)]
 
 
 def block_bytes(specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int) -> int:
@@ -37,6 +46,7 @@ def create_backend(
     total_blocks: int,
     block_size: int,
     fingerprint: str,
+    wanted: AttentionName = "auto",
 ) -> AttentionBackend:
     """Allocate the KV pool on `device` and the backend that uses it (`.cache`).
 
@@ -44,15 +54,15 @@ def create_backend(
 
     Raises:
         UnsupportedModel: layers differ in kv_heads or head_dim.
-        BadSetting: the backend cannot use blocks of this size.
+        BadSetting: the backend `wanted` cannot serve the layers, or not with blocks of this size.
     """
     if block_size < 1 or block_size & (block_size - 1):
         raise BadSetting(f"--block-size {block_size} is no power of two", field="block_size")
     kv_heads, head_dim = _kv_shape(specs)
-    flash = cuda.supports(device, dtype, specs)
-    if flash and block_size % cuda.PAGE_TOKENS:
+    name = _choose(device, dtype, specs, wanted)
+    if name == "flash" and block_size % flash.PAGE_TOKENS:
         raise BadSetting(
-            f"--block-size {block_size} is no multiple of {cuda.PAGE_TOKENS}, as FlashAttention-2 needs",
+            f"--block-size {block_size} is no multiple of {flash.PAGE_TOKENS}, as FlashAttention-2 needs",
             field="block_size",
         )
     layout = KvLayout(
@@ -60,17 +70,53 @@ def create_backend(
         dtype=str(dtype).removeprefix("torch."),
         block_size=block_size,
         block_bytes=block_bytes(specs, dtype, block_size),
-        format="layer,kv,token,head,dim" if flash else "layer,kv,head,token,dim",
+        format="layer,kv,token,head,dim" if name in _ON_GPU else "layer,kv,head,token,dim",
     )
     outer = (total_blocks, len(specs), 2)
-    if flash:
-        shape = (*outer, block_size, kv_heads, head_dim)
-        return cuda.FlashAttention(specs, cuda.FlashKvCache(layout, shape, dtype, device))
+    if name in _ON_GPU:
+        pages = PagedKvCache(layout, (*outer, block_size, kv_heads, head_dim), dtype, device)
+        if name == "flash":
+            return flash.FlashAttention(specs, pages, device_of(device), flash.kernel())
+        return flashinfer.FlashInferAttention(specs, pages, device_of(device), flashinfer.library())
     shape = (*outer, kv_heads, block_size, head_dim)
     cache = tiled.TiledKvCache(layout, shape, dtype, device)
-    if native.supports(device, dtype, specs):
+    if name == "native":
         return native.NativeAttention(specs, cache)
     return tiled.TiledAttention(specs, cache)
+
+
+def _choose(
+    device: torch.device, dtype: torch.dtype, specs: Sequence[AttentionSpec], wanted: AttentionName
+) -> str:
+    """The backend `wanted`, or the first that can serve the layers."""
+    if wanted == "auto":
+        return next(name for name, supports in _BACKENDS.items() if supports(device, dtype, specs))
+    if not _BACKENDS[wanted](device, dtype, specs):
+        raise BadSetting(
+            f"--attention {wanted} cannot serve this model in {dtype} on {device.type}; leave it at auto",
+            field="attention",
+        )
+    return wanted
+
+
+def _always(device: torch.device, dtype: torch.dtype, specs: Sequence[AttentionSpec]) -> bool:
+    return True
+
+
+#: By name, the fastest first.
+_BACKENDS: Mapping[str, Callable[[torch.device, torch.dtype, Sequence[AttentionSpec]], bool]] = {
+    "flashinfer": flashinfer.supports,
+    "flash": flash.supports,
+    "native": native.supports,
+    "tiled": _always,
+}
+_PREFERRED_BLOCK_SIZES = {
+    "flashinfer": flashinfer.PREFERRED_BLOCK_SIZE,
+    "flash": flash.PAGE_TOKENS,
+    "native": tiled.PREFERRED_BLOCK_SIZE,
+    "tiled": tiled.PREFERRED_BLOCK_SIZE,
+}
+_ON_GPU = ("flashinfer", "flash")
 
 
 def _kv_shape(specs: Sequence[AttentionSpec]) -> tuple[int, int]:

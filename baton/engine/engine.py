@@ -1,8 +1,12 @@
 """The engine loop: one thread that schedules, computes and reports steps, and the calls others make.
 
 One lock guards scheduler and pool. It is held to schedule and to record a step, not to compute it, so
-calls from the worker's event loop return at once. Blocks of a sequence that is in the step being
-computed are never freed before the step ends.
+calls from the worker's event loop return at once.
+
+With `overlap`, the next step is scheduled and begun while the device computes the last one. Its new tokens
+stay on the device, where the next step takes them; that one of them ended its sequence is found a step
+late, and what that step brought is dropped. A step samples only when everything before it is recorded, so
+what comes out is the same either way.
 """
 
 from __future__ import annotations
@@ -11,96 +15,32 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
+from baton.engine.interfaces import (
+    BlockRange,
+    Load,
+    Observer,
+    Output,
+    Step,
+    StepResult,
+    StepRunner,
+    TierMover,
+)
 from baton.engine.reservations import Pinned, Reservation, Reservations
 from baton.engine.sampler import Sampled
 from baton.engine.scheduler import Load as TierLoad
 from baton.engine.scheduler import Scheduled, Scheduler
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import State, Work
-from baton.kv.events import Event, Tier
-from baton.kv.lower import Held, Spill
-from baton.sampling import FinishReason, PositionLogprobs
+from baton.kv.events import Tier
+from baton.kv.lower import Spill
+from baton.sampling import FinishReason
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BlockRange:
-    """Pool blocks whose KV is complete; the first is number `first_index` of its chain."""
-
-    first_index: int
-    blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one step brought one sequence. `error` ends it without a finish reason."""
-
-    choice: Choice
-    sampled: Sampled | None = None
-    finish_reason: FinishReason | None = None
-    stopped_by_token_id: bool = False
-    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
-    ready: BlockRange | None = None
-    first: bool = False
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Load:
-    """How busy the engine is; fields as in the WorkerLoad message."""
-
-    running: int
-    waiting: int
-    queued_tokens: int
-    total_blocks: int
-    free_blocks: int
-    cached_blocks: int
-    pinned_blocks: int
-    host_blocks: int = 0
-    disk_blocks: int = 0
-
-
-class StepRunner(Protocol):
-    """What computes a step; see `baton.engine.runner.Runner`."""
-
-    def run(self, batch: Sequence[Scheduled]) -> Sequence[StepResult]: ...
-
-
-class StepResult(Protocol):
-    @property
-    def sampled(self) -> Sampled | None: ...
-
-    @property
-    def prompt_logprobs(self) -> list[PositionLogprobs]: ...
-
-
-class TierMover(Protocol):
-    """What moves blocks between tiers on threads of its own; see `baton.tiers.store.TierStore`."""
-
-    def fetch(
-        self, held: Sequence[Held], blocks: Sequence[int], done: Callable[[Sequence[str]], None]
-    ) -> None: ...
-
-    def spill(self, spills: Sequence[Spill], done: Callable[[Spill, bool], None]) -> None: ...
-
-
-class Observer(Protocol):
-    """Whom the engine tells, from its own thread."""
-
-    def outputs(self, outputs: list[Output]) -> None: ...
-
-    def index_changed(self, events: list[Event]) -> None: ...
-
-    def died(self, error: BaseException) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -109,6 +49,14 @@ class Stop:
 
     eos_token_ids: frozenset[int]
     max_model_len: int
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A step that the device computes, and what is in it."""
+
+    batch: list[Scheduled]
+    step: Step
 
 
 @dataclass
@@ -120,6 +68,7 @@ class Engine:
     observer: Observer
     stop_rule: Stop
     mover: TierMover | None = None
+    overlap: bool = False
     tier_misses: Counter[tuple[Tier, str]] = field(default_factory=Counter, init=False)
     fetched_blocks: Counter[Tier] = field(default_factory=Counter, init=False)
     steps: int = field(default=0, init=False)
@@ -131,6 +80,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._reservations = Reservations(self.scheduler)
+        self.scheduler.max_model_len = self.stop_rule.max_model_len
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -158,14 +108,14 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, choice: Choice) -> None:
-        """Take a sequence out and free its blocks, after the running step if it is part of it.
+        """Take a sequence out and free its blocks, after the running steps if it is part of them.
 
         Also how a reader's lease on finished prefill work ends. Nothing happens if it is finished.
         """
         with self._changed:
-            if choice.in_flight or choice.state is State.LOADING:
+            if choice.state is State.LOADING:
                 choice.cancelled = True
-            elif choice.state is not State.FINISHED:
+            elif choice.state not in (State.ENDING, State.FINISHED):
                 self.scheduler.release(choice)
                 self._reservations.grant()
                 self._changed.notify()
@@ -258,14 +208,21 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while (batch := self._next_batch()) is not None:
-                self._step(batch)
+            running: _Running | None = None
+            while (batch := self._next_batch(wait=running is None)) or running:
+                begun = self._begin(batch, running) if batch else None
+                if running is not None:
+                    self._end(running)
+                running = self._sample(begun) if begun is not None else None
+                if running is not None and not self.overlap:
+                    self._end(running)
+                    running = None
         except BaseException as error:
             log.exception("the engine died")
             self.observer.died(error)
 
-    def _next_batch(self) -> list[Scheduled] | None:
-        """The next step, when there is one; None when stopping."""
+    def _next_batch(self, *, wait: bool) -> list[Scheduled]:
+        """The next step; empty when stopping or, unless told to wait for one, when there is none now."""
         with self._changed:
             while not self._stopping:
                 self.scheduler.admits = not self._reservations.waiting
@@ -277,36 +234,52 @@ class Engine:
                         item.sequence.first_scheduled_s = item.sequence.first_scheduled_s or now
                     early = [Output(s, ready=r) for s in _choices(batch) if (r := _newly_ready(s))]
                     break
+                if not wait:
+                    return []
                 self._changed.wait()
             else:
-                return None
+                return []
         if early:
             self.observer.outputs(early)
         return batch
 
-    def _step(self, batch: list[Scheduled]) -> None:
+    def _begin(self, batch: list[Scheduled], running: _Running | None) -> _Running | None:
         try:
-            results = self.runner.run(batch)
+            step = self.runner.begin(batch) if running is None else running.step.then(batch)
         except Exception as error:
-            log.exception("engine step failed; its %d requests end with an error", len(batch))
-            outputs = self._fail(batch, repr(error))
+            self._fail(batch, error)
+            return None
+        return _Running(batch, step)
+
+    def _sample(self, begun: _Running) -> _Running | None:
+        try:
+            begun.step.sample()
+        except Exception as error:
+            self._fail(begun.batch, error)
+            return None
+        return begun
+
+    def _end(self, running: _Running) -> None:
+        try:
+            results = running.step.results()
+        except Exception as error:
+            self._fail(running.batch, error)
         else:
-            outputs = self._record(batch, results)
-        if outputs:
-            self.observer.outputs(outputs)
+            if outputs := self._record(running.batch, results):
+                self.observer.outputs(outputs)
 
     def _record(self, batch: list[Scheduled], results: Sequence[StepResult]) -> list[Output]:
         outputs = []
         with self._changed:
             self.steps += 1
             for item, result in zip(batch, results, strict=True):
-                choice, query_len, samples = item.sequence, item.query_len, item.samples
-                self.computed_tokens += query_len
+                choice = item.sequence
+                self.computed_tokens += item.query_len
                 self.scheduler.advance(item)
+                if choice.state is not State.RUNNING:
+                    continue  # over since the step began
                 choice.prompt_logprobs += result.prompt_logprobs
-                if choice.cancelled:
-                    self.scheduler.release(choice)
-                elif samples and result.sampled is not None:
+                if result.sampled is not None:
                     outputs.append(self._token(choice, result.sampled))
                 elif ready := _newly_ready(choice):
                     outputs.append(Output(choice, ready=ready))
@@ -349,17 +322,23 @@ class Engine:
             return FinishReason.LENGTH
         return None
 
-    def _fail(self, batch: list[Scheduled], error: str) -> list[Output]:
+    def _fail(self, batch: list[Scheduled], error: Exception) -> None:
+        log.error("engine step failed; its %d requests end with an error", len(batch), exc_info=error)
+        failed = []
         with self._changed:
             for item in batch:
                 choice = item.sequence
-                choice.in_flight = False
-                if choice.work is Work.PREFILL and not choice.cancelled:
+                self.scheduler.abandon(item)
+                if choice.state is not State.RUNNING:
+                    continue  # over since the step began
+                if choice.work is Work.PREFILL:
                     self.scheduler.hold(choice)  # a reader may still be reading what was announced
                 else:
                     self.scheduler.release(choice)
+                failed.append(Output(choice, error=repr(error)))
             self._reservations.grant()
-        return [Output(item.sequence, error=error) for item in batch if not item.sequence.cancelled]
+        if failed:
+            self.observer.outputs(failed)
 
     # ---- tiers --------------------------------------------------------------------------------
 

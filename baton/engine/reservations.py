@@ -168,7 +168,7 @@ class Reservations:
         """Whether nobody but waiting reservations has blocks that could become free."""
         granted = any(r.granted is not None and r.granted.done() for r in self._reservations)
         scheduler = self._scheduler
-        busy = scheduler.running or scheduler.loading or scheduler.holding or self._pinned
+        busy = scheduler.running or scheduler.loading or scheduler.holding or scheduler.ending or self._pinned
         return not busy and not granted
 
     def _lose_one(self) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from baton.attention.base import AttentionBackend, AttentionBatch
-from baton.engine.sampler import Sampled, Sampler, position_logprobs
+from baton.attention.base import AttentionBackend
+from baton.device import Download, device_of
+from baton.engine.graphs import DecodeGraphs
+from baton.engine.inputs import Inputs, predicts_prompt
+from baton.engine.interfaces import Step
+from baton.engine.logprobs import LogprobRows
+from baton.engine.sampler import Sampled, SampledRows, Sampler
 from baton.engine.scheduler import Scheduled
 from baton.models.base import Model
 from baton.sampling import PositionLogprobs
@@ -28,84 +32,134 @@ class Result:
 
 
 class Runner:
-    """Runs batches of scheduled sequences through a model and its KV pool."""
+    """Runs batches of scheduled sequences through a model and its KV pool.
 
-    def __init__(self, model: Model, attention: AttentionBackend, device: torch.device) -> None:
+    With `graphs`, steps in which every sequence has one token run as graphs, as far as those reach.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        attention: AttentionBackend,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.device = device_of(device)
+        self.sampler = Sampler(model.config.eos_token_ids, self.device)
         self._model = model
         self._attention = attention
-        self._device = device
-        self._sampler = Sampler(model.config.eos_token_ids)
-        self._current: AbstractContextManager[object] = (
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        )
+        self._graphs = graphs
+
+    def begin(self, batch: Sequence[Scheduled]) -> Step:
+        """Have the device compute a step; see `baton.engine.interfaces`."""
+        return self.begin_after(None, batch)
+
+    def run(self, batch: Sequence[Scheduled]) -> Sequence[Result]:
+        """Compute one step and wait for it. Results are in the order of `batch`."""
+        step = self.begin_after(None, batch)
+        step.sample()
+        return step.results()
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Scheduled]) -> list[Result]:
-        """Compute one step. Results are in the order of `batch`."""
-        with self._current:
-            return self._run(batch)
+    def begin_after(self, before: _RunningStep | None, batch: Sequence[Scheduled]) -> _RunningStep:
+        """As `begin`, with tokens that `before` sampled and nobody has seen yet."""
+        sampled = {} if before is None else {s: row for row, s in enumerate(before.samplers)}
+        inputs = Inputs.of(batch, sampled)
+        with self.device.current():
+            tokens = self.ids(inputs.tokens)
+            if before is not None and inputs.unseen:
+                last = before.tokens.index_select(0, self.ids(inputs.unseen_rows))
+                tokens.index_copy_(0, self.ids(inputs.unseen), last)
+            return _RunningStep(self, batch, self._logits(inputs, tokens))
 
-    def _run(self, batch: Sequence[Scheduled]) -> list[Result]:
-        tokens: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []
-        for item in batch:
-            sequence, start = item.sequence, item.sequence.computed
-            end = start + item.query_len
-            if sequence.wants_prompt_logprobs:
-                wanted += range(len(tokens), len(tokens) + item.query_len)
-            elif item.samples:
-                wanted.append(len(tokens) + item.query_len - 1)
-            tokens += sequence.tokens[start:end]
-            positions += range(start, end)
-        self._attention.begin(
-            AttentionBatch(
-                query_lens=[item.query_len for item in batch],
-                context_lens=[item.sequence.computed + item.query_len for item in batch],
-                block_tables=[item.sequence.blocks for item in batch],
-            )
-        )
-        hidden = self._model.forward(self._tensor(tokens), self._tensor(positions), self._attention)
-        if not wanted:
-            # Blocks are announced to readers on return, so what writes them must have finished.
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            return [Result(None, []) for _ in batch]
-        logits = self._model.logits(hidden[self._tensor(wanted)])
-        return self._results(batch, logits)
+    def ids(self, values: Sequence[int]) -> torch.Tensor:
+        """int64 on the device."""
+        return self.device.tensor(values, torch.int64)
 
-    def _results(self, batch: Sequence[Scheduled], logits: torch.Tensor) -> list[Result]:
-        """Split the rows of `logits` back over the batch; see `run` for which rows there are."""
+    def _logits(self, inputs: Inputs, tokens: torch.Tensor) -> torch.Tensor | None:
+        """float32 [wanted, vocab]; None where none are wanted."""
+        positions = self.ids(inputs.positions)
+        if self._graphs is not None and self._graphs.take(inputs.attention):
+            logits = self._graphs.run(tokens, positions, inputs.attention)
+            if len(inputs.wanted) == len(inputs.tokens):
+                return logits
+            return logits.index_select(0, self.ids(inputs.wanted)) if inputs.wanted else None
+        self._attention.begin(inputs.attention)
+        hidden = self._model.forward(tokens, positions, self._attention)
+        if not inputs.wanted:
+            return None
+        return self._model.logits(hidden.index_select(0, self.ids(inputs.wanted)))
+
+
+class _RunningStep(Step):
+    """A step of a `Runner`. `tokens` are what it samples, one each for the sequences `samplers`."""
+
+    tokens: torch.Tensor
+
+    def __init__(self, runner: Runner, batch: Sequence[Scheduled], logits: torch.Tensor | None) -> None:
+        self.samplers = [item.sequence for item in batch if item.samples]
+        self._runner = runner
+        self._batch = batch
+        self._logits = logits
+        self._sampled: SampledRows | None = None
+        self._prompts: list[LogprobRows | None] = [None] * len(batch)
+        self._download: Download | None = None
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        device = self._runner.device
+        with device.current():
+            tensors: list[torch.Tensor] = []
+            if self._logits is not None:
+                if (rows := self._split(self._logits)) is not None:
+                    self._sampled = self._runner.sampler.sample(rows, self.samplers)
+                    self.tokens = self._sampled.tokens
+                    tensors += self._sampled.tensors
+                for prompt in self._prompts:
+                    tensors += () if prompt is None else prompt.tensors
+                self._logits = None
+            # Also where there is nothing to fetch: blocks are announced to readers when the step has ended,
+            # so what writes them must have finished.
+            self._download = device.download(tensors)
+
+    def then(self, batch: Sequence[Scheduled]) -> Step:
+        return self._runner.begin_after(self, batch)
+
+    def results(self) -> Sequence[Result]:
+        if self._download is None:
+            raise RuntimeError("results before sample")
+        host = iter(self._download.wait())
+        sampled: list[Sampled] = []
+        if self._sampled is not None:
+            sampled = self._sampled.read([next(host) for _ in self._sampled.tensors])
+        prompts = [[] if p is None else p.read([next(host) for _ in p.tensors]) for p in self._prompts]
+        tokens = iter(sampled)
+        return [
+            Result(next(tokens) if item.samples else None, prompt)
+            for item, prompt in zip(self._batch, prompts, strict=True)
+        ]
+
+    def _split(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Deal the rows of `logits` out over the batch, and return those to sample from."""
         sampling_rows: list[int] = []
-        prompt_logprobs: list[list[PositionLogprobs]] = []
         row = 0
-        for item in batch:
-            rows = item.query_len if item.sequence.wants_prompt_logprobs else int(item.samples)
-            prompt_logprobs.append(_prompt_logprobs(item, logits[row : row + rows]))
+        for at, item in enumerate(self._batch):
+            rows = item.query_len if predicts_prompt(item) else int(item.samples)
+            if predicts_prompt(item):
+                self._prompts[at] = self._prompt_logprobs(item, logits[row : row + rows])
             row += rows
             if item.samples:
                 sampling_rows.append(row - 1)
-        samplers = [item.sequence for item in batch if item.samples]
-        if len(sampling_rows) != logits.shape[0]:
-            logits = logits[self._tensor(sampling_rows)]
-        sampled = iter(self._sampler.sample(logits, samplers) if samplers else [])
-        return [
-            Result(next(sampled) if item.samples else None, logprobs)
-            for item, logprobs in zip(batch, prompt_logprobs, strict=True)
-        ]
+        if len(sampling_rows) == logits.shape[0]:
+            return logits
+        return logits.index_select(0, self._runner.ids(sampling_rows)) if sampling_rows else None
 
-    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-
-def _prompt_logprobs(item: Scheduled, logits: torch.Tensor) -> list[PositionLogprobs]:
-    """Log-probabilities of the prompt tokens right after each query token; logits [query_len, vocab]."""
-    sequence = item.sequence
-    if not sequence.wants_prompt_logprobs:
-        return []
-    first = sequence.computed + 1
-    following = sequence.tokens[first : min(first + item.query_len, sequence.prompt_len)]
-    if not following:
-        return []
-    count = sequence.sampling.prompt_logprobs or 0
-    return position_logprobs(logits[: len(following)].log_softmax(-1), following, [count] * len(following))
+    def _prompt_logprobs(self, item: Scheduled, logits: torch.Tensor) -> LogprobRows | None:
+        """Log-probabilities of the prompt tokens right after each query token; logits [query_len, vocab]."""
+        sequence, first = item.sequence, item.start + 1
+        following = sequence.tokens[first : min(first + item.query_len, sequence.prompt_len)]
+        if not following:
+            return None
+        count = sequence.sampling.prompt_logprobs or 0
+        logprobs = logits[: len(following)].log_softmax(-1)
+        return LogprobRows.of(logprobs, self._runner.ids(following), [count] * len(following))

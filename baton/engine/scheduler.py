@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from functools import partial
 
+from baton.engine.pacing import UNBOUNDED, Pace
 from baton.engine.sequence import Sequence, State, Work, longest_reusable
 from baton.errors import Overloaded, PoolTooSmall
 from baton.kv.lower import Held
@@ -25,15 +27,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """`query_len` tokens of `sequence`, starting at its `computed`, go into the step."""
+    """`query_len` tokens of `sequence`, from position `start` on, go into the step; `samples` says that it
+    ends with a new token for this sequence."""
 
     sequence: Sequence
     query_len: int
+    start: int
+    samples: bool
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step ends with a new token for this sequence."""
-        return self.query_len == self.sequence.remaining
+    @classmethod
+    def next_of(cls, sequence: Sequence, query_len: int) -> Scheduled:
+        """The next `query_len` tokens of `sequence` that no step has yet."""
+        start = sequence.computed + sequence.ahead
+        return cls(sequence, query_len, start, samples=query_len == sequence.remaining)
 
 
 @dataclass(frozen=True)
@@ -54,25 +60,38 @@ class Scheduler:
     admitted, so a prompt once started always finishes; when a decoding sequence needs a block and
     none is left, the youngest running sequence gives up its blocks and is recomputed later.
     While `admits` is false nothing new is admitted: whoever set it needs the blocks first.
+
+    `pace` bounds the prompt tokens in a step in which sequences decode, and how many decode together:
+    a sequence that would be one too many begins when another has ended.
+
+    The next step may be scheduled while steps before it run. Then nothing is preempted, a sequence whose
+    last token a running step samples for certain is left out, and blocks of a sequence that is taken out
+    stay its own until the steps it is in have ended.
     """
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits, pace: Pace = UNBOUNDED) -> None:
         self.pool = pool
         self.limits = limits
+        self._pace = pace
+        self._most_decoding = pace.decoding(limits.max_batch_requests)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.loading: set[Sequence] = set()
         self._loads: list[Load] = []
         self.holding: set[Sequence] = set()
+        self.ending: set[Sequence] = set()
         self.preemptions = 0
         self.admits = True
+        self.max_model_len = sys.maxsize
+        self._in_flight = 0
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens promised and not yet computed."""
         waiting = sum(len(sequence.tokens) for sequence in self.waiting)
         loading = sum(sequence.remaining for sequence in self.loading)
-        return waiting + loading + sum(s.remaining for s in self.running if s.remaining > 1)
+        prompts = (len(s.tokens) - s.computed for s in self.running)
+        return waiting + loading + sum(tokens for tokens in prompts if tokens > 1)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -110,30 +129,30 @@ class Scheduler:
         self.running.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """Choose the next step; empty when there is nothing to compute.
+        """Choose the next step; empty when there is nothing to compute, or not before a running step ends.
 
-        Every scheduled sequence owns the blocks its tokens go to and is marked in flight until
-        `advance` or `release`.
+        Every scheduled sequence owns the blocks its tokens go to and is in flight until `advance` or
+        `abandon`.
         """
         batch: list[Scheduled] = []
         budget = self.limits.max_batch_tokens
+        self._let_decode()
         for sequence in list(self.running):
-            if sequence.state is State.RUNNING and sequence.remaining == 1 and budget > 0:
-                if not self._grow(sequence, batch):
-                    continue
-                batch.append(Scheduled(sequence, 1))
-                budget -= 1
+            if budget == 0 or sequence.state is not State.RUNNING or self._waits_to_decode(sequence):
+                continue
+            if sequence.remaining == 1 and not self._last_is_pending(sequence):
+                if self._grow(sequence, batch):
+                    batch.append(Scheduled.next_of(sequence, 1))
+                    budget -= 1
+                elif self._in_flight:
+                    return []
+        budget = self._pace.prompt_tokens(len(batch), budget)
         for sequence in self.running:
             if sequence.remaining > 1 and budget > 0:
                 take = min(sequence.remaining, budget)
-                batch.append(Scheduled(sequence, take))
+                batch.append(Scheduled.next_of(sequence, take))
                 budget -= take
-        while (
-            self.admits
-            and budget > 0
-            and self.waiting
-            and len(self.running) + len(self.loading) < self.limits.max_batch_requests
-        ):
+        while self.admits and budget > 0 and self.waiting and self._has_place(self.waiting[0]):
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
@@ -141,18 +160,36 @@ class Scheduler:
             if sequence.state is State.LOADING:
                 continue
             take = min(sequence.remaining, budget)
-            batch.append(Scheduled(sequence, take))
+            batch.append(Scheduled.next_of(sequence, take))
             budget -= take
         for scheduled in batch:
-            scheduled.sequence.in_flight = True
+            sequence = scheduled.sequence
+            sequence.in_flight += 1
+            sequence.ahead += scheduled.query_len
+            sequence.pending += scheduled.samples
+        self._in_flight += len(batch)
         return batch
 
     def advance(self, scheduled: Scheduled) -> None:
-        """Record that a scheduled sequence's tokens were computed. Call before appending its new token."""
+        """Record that a scheduled sequence's tokens were computed, in the order of the steps. Call before
+        appending its new token."""
+        self.abandon(scheduled)
         sequence = scheduled.sequence
-        sequence.in_flight = False
-        sequence.computed += scheduled.query_len
-        self._share_full_blocks(sequence)
+        if sequence.state is State.RUNNING:
+            sequence.computed += scheduled.query_len
+            self._share_full_blocks(sequence)
+
+    def abandon(self, scheduled: Scheduled) -> None:
+        """Record that a step ended, for one of its sequences, with nothing to show for it."""
+        sequence = scheduled.sequence
+        sequence.in_flight -= 1
+        sequence.ahead -= scheduled.query_len
+        sequence.pending -= scheduled.samples
+        self._in_flight -= 1
+        self._free_duplicates(sequence)
+        if sequence.state is State.ENDING and not sequence.in_flight:
+            self.ending.remove(sequence)
+            self._finish(sequence)
 
     def hold(self, sequence: Sequence) -> None:
         """Keep the blocks of finished prefill work until `release`."""
@@ -161,7 +198,8 @@ class Scheduler:
         self.holding.add(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Take a sequence out and free its blocks; nothing may be computed into or loaded into them."""
+        """Take a sequence out and free its blocks, now or when the steps it is in have ended; nothing may be
+        loaded into them."""
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         elif sequence.state is State.RUNNING:
@@ -170,15 +208,28 @@ class Scheduler:
             self.holding.remove(sequence)
         elif sequence.state is State.LOADING:
             self.loading.remove(sequence)
-        self._free_blocks(sequence)
-        sequence.state = State.FINISHED
+        if sequence.in_flight:
+            self.ending.add(sequence)
+            sequence.state = State.ENDING
+        else:
+            self._finish(sequence)
 
-    def sequences(self) -> Iterable[Sequence]:
-        """Every sequence that is not finished."""
-        yield from self.waiting
-        yield from self.running
-        yield from self.loading
-        yield from self.holding
+    def _let_decode(self) -> None:
+        """Let the oldest sequences decode, as many as may together; who has begun goes on."""
+        room = self._most_decoding - sum(not each.held_back for each in self.running)
+        for sequence in self.running:
+            if room > 0 and self._waits_to_decode(sequence):
+                sequence.held_back = False
+                room -= 1
+
+    def _waits_to_decode(self, sequence: Sequence) -> bool:
+        return sequence.held_back and sequence.output_len > 0
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        most = self.limits.max_batch_requests
+        if sequence.work is Work.GENERATE:
+            most = self._most_decoding
+        return len(self.running) + len(self.loading) < most
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence what the cache holds of it and private blocks for the rest."""
@@ -232,18 +283,29 @@ class Scheduler:
         self.running.append(sequence)
 
     def _grow(self, sequence: Sequence, batch: list[Scheduled]) -> bool:
-        """Give a decoding sequence the block of its next token; False if it was itself preempted."""
-        while len(sequence.blocks) < sequence.blocks_for(len(sequence.tokens)):
+        """Give a decoding sequence the block of its next token; False if there is none for it, or it was
+        itself preempted."""
+        while len(sequence.blocks) < sequence.blocks_for(len(sequence.tokens) + sequence.pending):
             try:
                 sequence.blocks += self.pool.allocate(1)
             except NoFreeBlocks:
-                victim = self._youngest(batch)
+                victim = None if self._in_flight else self._youngest(batch)
                 if victim is None:
                     return False
                 self._preempt(victim)
                 if victim is sequence:
                     return False
         return True
+
+    def _last_is_pending(self, sequence: Sequence) -> bool:
+        """Whether a running step samples the sequence's last token, whichever that is."""
+        if not sequence.pending:
+            return False
+        return (
+            sequence.work is Work.PREFILL
+            or sequence.output_len + sequence.pending >= sequence.sampling.max_tokens
+            or len(sequence.tokens) + sequence.pending >= self.max_model_len
+        )
 
     def _youngest(self, batch: list[Scheduled]) -> Sequence | None:
         """The running sequence to preempt: the last admitted that is not in this step and not a
@@ -262,9 +324,19 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
+    def _finish(self, sequence: Sequence) -> None:
+        self._free_blocks(sequence)
+        sequence.state = State.FINISHED
+
     def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.computed, sequence.shared = [], 0, 0
+
+    def _free_duplicates(self, sequence: Sequence) -> None:
+        """What replaced them was in place before any step that still runs was scheduled."""
+        if sequence.duplicates:
+            self.pool.release(sequence.duplicates)
+            sequence.duplicates = []
 
     def _share_full_blocks(self, sequence: Sequence) -> None:
         full = sequence.computed // sequence.block_size
@@ -272,6 +344,10 @@ class Scheduler:
             return
         chain = sequence.chain(full)
         for index in range(sequence.shared, full):
-            parent = chain[index - 1] if index else None
-            sequence.blocks[index] = self.pool.share(sequence.blocks[index], chain[index], parent)
+            block, block_id = sequence.blocks[index], chain[index]
+            if sequence.in_flight and self.pool.match(chain[: index + 1]) > index:
+                sequence.blocks[index : index + 1] = self.pool.acquire([block_id])
+                sequence.duplicates.append(block)  # a running step reads it
+            else:
+                sequence.blocks[index] = self.pool.share(block, block_id, chain[index - 1] if index else None)
         sequence.shared = full

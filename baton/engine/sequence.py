@@ -22,6 +22,7 @@ class State(Enum):
     LOADING = auto()  # owns the blocks of its context; the first of them are being brought up
     RUNNING = auto()  # owns the blocks of every token it has computed
     HOLDING = auto()  # finished prefill work: blocks pinned until the reader releases them
+    ENDING = auto()  # over, and its blocks are freed when the steps it is in have ended
     FINISHED = auto()  # owns no blocks
 
 
@@ -34,7 +35,12 @@ class Sequence:
     `blocks`; the first `shared` blocks are in the prefix tree. `cached_tokens` is how much of the
     prompt the cache held when the sequence first ran, `pulled_tokens` the part of it in the blocks that
     were read from another worker for this sequence (`pulled`). The first `announced` blocks are known to the
-    reader of prefill work. `owner` is whom outputs are for; the engine only passes it on.
+    reader of prefill work. It is `held_back` until it may decode with the others. `owner` is whom outputs
+    are for; the engine only passes it on.
+
+    The `in_flight` steps that were scheduled and have not ended compute the KV of the `ahead` tokens after
+    `computed` and bring `pending` new tokens. `duplicates` are blocks that such a step may still read and
+    that others with the same content replaced.
     """
 
     key: int
@@ -53,7 +59,11 @@ class Sequence:
     cached_tokens: int | None = None
     pulled: range = range(0)
     pulled_tokens: int = 0
-    in_flight: bool = False
+    held_back: bool = True
+    in_flight: int = 0
+    ahead: int = 0
+    pending: int = 0
+    duplicates: list[int] = field(default_factory=list)
     cancelled: bool = False
     arrived_s: float = 0.0
     first_scheduled_s: float = 0.0
@@ -75,8 +85,8 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens whose KV is still to be computed before the next token can be sampled."""
-        return len(self.tokens) - self.computed
+        """Tokens whose KV is still to be scheduled before the next token can be sampled."""
+        return len(self.tokens) + self.pending - self.computed - self.ahead
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from baton.engine.engine import Load, Output
+from baton.engine.interfaces import Load, Output
 from baton.errors import InvalidRequest
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.sampling import FinishReason, PositionLogprobs, Sampling, TokenLogprob

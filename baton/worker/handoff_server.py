@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from baton.engine.engine import Output
+from baton.engine.interfaces import Output
 from baton.engine.sequence import Work
 from baton.errors import BatonError, HandoffFailed, Unavailable
 from baton.kv.hashing import extend_chain

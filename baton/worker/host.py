@@ -17,8 +17,11 @@ from prometheus_client import REGISTRY, start_http_server
 from baton.attention.base import AttentionBackend, KvCache
 from baton.attention.select import block_bytes, create_backend, preferred_block_size
 from baton.config import EngineSettings, Settings
+from baton.device import device_of
 from baton.engine.curves import knee, measure_decode, measure_prefill
 from baton.engine.engine import Engine, Stop
+from baton.engine.graphs import DecodeGraphs
+from baton.engine.pacing import Pace
 from baton.engine.runner import Runner
 from baton.engine.scheduler import Limits, Scheduler
 from baton.errors import BatonError, HandoffFailed
@@ -29,7 +32,7 @@ from baton.machine import usable_cores
 from baton.model_folder import model_folder
 from baton.models.base import Model
 from baton.models.loader import load_model
-from baton.routing.view import Role
+from baton.routing.view import Curve, Role
 from baton.rpc.kvstore_client import WorkerMembership
 from baton.rpc.registry_watch import Peer as KnownWorker
 from baton.rpc.registry_watch import PeerListener, RegistryWatch
@@ -52,7 +55,7 @@ from baton.worker.state import Dispatch, ServedModel, WorkerState
 
 log = logging.getLogger(__name__)
 
-PREFILL_SIZES = (16, 64, 128, 256, 512, 1024, 2048)
+PREFILL_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _LOAD_REPORT_S = 0.1
 
@@ -91,12 +94,17 @@ def load(settings: Settings) -> Loaded:
         settings.model.max_model_len,
     )
     specs = model.attention_specs
-    block_size = chosen.block_size or preferred_block_size(device, model.dtype, specs)
+    block_size = chosen.block_size or preferred_block_size(device, model.dtype, specs, chosen.attention)
     longest_blocks = -(-model.config.max_model_len // block_size)
     blocks = pool_blocks(chosen, block_bytes(specs, model.dtype, block_size), longest_blocks, device)
-    attention = create_backend(device, model.dtype, specs, blocks, block_size, model.fingerprint)
+    attention = create_backend(
+        device, model.dtype, specs, blocks, block_size, model.fingerprint, chosen.attention
+    )
     pool = BlockPool(blocks)
-    runner = Runner(model, attention, device)
+    graphs = None
+    if on_gpu and chosen.cuda_graphs:
+        graphs = DecodeGraphs.record(model, attention, device_of(device), chosen.max_batch_requests)
+    runner = Runner(model, attention, device, graphs)
     longest = min(chosen.max_batch_tokens or PREFILL_SIZES[-1], model.config.max_model_len - 1)
     prefill = measure_prefill(runner, pool, block_size, [s for s in PREFILL_SIZES if s < longest] + [longest])
     decode = measure_decode(
@@ -104,8 +112,9 @@ def load(settings: Settings) -> Loaded:
     )
     tokens = chosen.max_batch_tokens or max(knee(prefill), chosen.max_batch_requests)
     limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
+    pace = Pace(chosen.itl_target_s, _curve(prefill), _curve(decode))
     tiers, rates = _add_tiers(chosen, pool, attention.cache)
-    return Loaded(model, attention, Scheduler(pool, limits), runner, prefill, decode, tiers, rates)
+    return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers, rates)
 
 
 def _add_tiers(
@@ -202,6 +211,7 @@ class Worker:
             dispatch,
             Stop(frozenset(model.config.eos_token_ids), max_model_len),
             loaded.tiers,
+            overlap=_overlaps(settings),
         )
         stack.callback(engine.stop)
         state = WorkerState(
@@ -342,6 +352,16 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         host_bytes_per_s=loaded.tier_rates.get(Tier.HOST, 0.0),
         disk_bytes_per_s=loaded.tier_rates.get(Tier.DISK, 0.0),
     )
+
+
+def _overlaps(settings: Settings) -> bool:
+    if settings.engine.overlap == "auto":
+        return settings.model.device == "cuda"
+    return settings.engine.overlap == "on"
+
+
+def _curve(measured: dict[int, float]) -> Curve:
+    return Curve(tuple(sorted(measured.items())))
 
 
 def _points(curve: dict[int, float]) -> list[kvstore_pb2.CurvePoint]:

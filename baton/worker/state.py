@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.engine.engine import Engine, Output
+from baton.engine.engine import Engine
+from baton.engine.interfaces import Output
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import Work
 from baton.kv.events import Event

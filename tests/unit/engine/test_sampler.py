@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.engine.sampler import Sampler, uniform
+from baton.device import HostDevice
+from baton.engine.draw import uniform
+from baton.engine.sampler import Sampled, Sampler
 from baton.engine.sequence import Sequence as Choice
 from baton.sampling import Sampling
 
@@ -29,13 +31,19 @@ def choice(tokens: Sequence[int] = (0,), prompt_len: int | None = None, **sampli
     )
 
 
+def sample(logits: torch.Tensor, choices: Sequence[Choice], eos: Sequence[int] = ()) -> list[Sampled]:
+    """One token per row of logits, which stay as they are."""
+    rows = Sampler(eos, HostDevice(logits.device)).sample(logits.clone(), choices)
+    return rows.read(rows.tensors)
+
+
 def draw(logits: torch.Tensor, one: Choice) -> int:
-    return Sampler([2]).sample(logits.clone()[None], [one])[0].token_id
+    return sample(logits[None], [one], eos=[2])[0].token_id
 
 
 def frequencies(logits: torch.Tensor, draws: int = 4000, **sampling) -> torch.Tensor:
     choices = [choice(seed=seed, **sampling) for seed in range(draws)]
-    sampled = Sampler([]).sample(logits.expand(draws, -1).clone(), choices)
+    sampled = sample(logits.expand(draws, -1), choices)
     return torch.bincount(torch.tensor([s.token_id for s in sampled]), minlength=logits.shape[0]) / draws
 
 
@@ -88,8 +96,8 @@ def test_no_stop_token_before_min_tokens() -> None:
 
 def test_logprobs_are_the_models_own_and_ranked() -> None:
     probabilities = [0.5, 0.3, 0.2]
-    sampled = Sampler([]).sample(
-        logits_of(probabilities)[None].clone(), [choice(temperature=0.0, logprobs=2, logit_bias={2: 100.0})]
+    sampled = sample(
+        logits_of(probabilities)[None], [choice(temperature=0.0, logprobs=2, logit_bias={2: 100.0})]
     )[0]
     assert sampled.token_id == 2
     assert sampled.logprobs is not None
@@ -119,6 +127,6 @@ samplings = st.fixed_dictionaries(
 def test_a_row_does_not_depend_on_its_batch(rows, seed) -> None:
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
     choices = [choice([1, 2, 3], 1, **row) for row in rows]
-    together = Sampler([2]).sample(logits.clone(), choices)
-    alone = [Sampler([2]).sample(logits[i : i + 1].clone(), [choices[i]])[0] for i in range(len(rows))]
+    together = sample(logits, choices, eos=[2])
+    alone = [sample(logits[i : i + 1], [choices[i]], eos=[2])[0] for i in range(len(rows))]
     assert together == alone

@@ -1,0 +1,57 @@
+"""How much may go into the next step, so that those who decode in it get their tokens in time?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.routing.view import Curve
+
+#: Tokens of prompts that any step may hold: one prompt always goes on, however tight the target is.
+LEAST_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Bounds the predicted seconds of a step in which sequences decode by `itl_target_s`; 0 bounds nothing.
+
+    The curves are those that the worker measured at its start: `prefill` of one prompt against its tokens,
+    `decode` of one step against the requests in it. A step that does both reads the weights once, so it is
+    predicted to take as long as the two apart, less a step of one request.
+    """
+
+    itl_target_s: float = 0.0
+    prefill: Curve = field(default_factory=Curve)
+    decode: Curve = field(default_factory=Curve)
+
+    def step_s(self, decoding: int, prompt_tokens: int) -> float:
+        """Predicted seconds of a step of `decoding` requests and so many tokens of prompts."""
+        decode_s, prefill_s = self.decode.seconds(decoding), self.prefill.seconds(prompt_tokens)
+        if not decoding or not prompt_tokens:
+            return decode_s + prefill_s
+        return max(decode_s, prefill_s, decode_s + prefill_s - self.decode.seconds(1))
+
+    def prompt_tokens(self, decoding: int, most: int) -> int:
+        """Tokens of prompts, at most `most`, that may join a step of `decoding` requests.
+
+        Never fewer than `LEAST_PROMPT_TOKENS` of them, or a prompt might wait for ever.
+        """
+        if not decoding or not self.itl_target_s or self.step_s(decoding, most) <= self.itl_target_s:
+            return most
+        fits, exceeds = 0, most
+        while exceeds - fits > 1:
+            middle = (fits + exceeds) // 2
+            if self.step_s(decoding, middle) <= self.itl_target_s:
+                fits = middle
+            else:
+                exceeds = middle
+        return min(most, max(fits, LEAST_PROMPT_TOKENS))
+
+    def decoding(self, most: int) -> int:
+        """Requests, at most `most` and at least one, that may decode together."""
+        if not self.itl_target_s:
+            return most
+        fits = (count for count in range(most, 1, -1) if self.decode.seconds(count) <= self.itl_target_s)
+        return next(fits, 1)
+
+
+UNBOUNDED = Pace()
