@@ -1,19 +1,4 @@
-"""The backend of a kvstore whose knowledge outlives it: a Redis that mirrors members and blocks.
-
-Schema, version 1. All keys begin with `baton:1:`; the worker id in braces keeps the keys of one worker
-on one node of a Redis Cluster.
-
-    baton:1:workers              set      ids of the workers there are
-    baton:1:{<worker id>}:member hash     `change`: a RegistryUpdate.Change as protobuf
-                                          `incarnation`, `sequence`: how far `blocks` has come;
-                                          sequence is `partial` while several writes make up one step
-                                          `blocks`: how many blocks there are
-    baton:1:{<worker id>}:blocks hash     block id (16 bytes) -> tiers, the sum of 1 << tier as decimal
-
-Both keys of a worker expire `RETENTION_S` after its last sign of life. Every write is one script that
-checks where the keys stand before it moves them, so a worker's blocks and sequence always agree, and a
-Redis that lost writes is noticed and written anew. docs/redis.md is the operator's page about all this.
-"""
+"""The backend of a kvstore whose knowledge outlives it: a Redis that mirrors members and blocks."""
 
 from __future__ import annotations
 
@@ -37,14 +22,11 @@ from services.kvstore.backend import Backend
 from services.kvstore.holdings import Holdings
 from services.kvstore.member import Member
 from services.kvstore.metrics import RedisMetrics
+from services.kvstore.redis_schema import PARTIAL, READ, REMOVE, RETENTION_S, WORKERS, WRITE, keys
 from services.kvstore.redis_url import TIMEOUT_S, connect
 
 log = logging.getLogger(__name__)
 
-PREFIX = "baton:1:"
-_WORKERS = f"{PREFIX}workers"
-RETENTION_S = 300
-_PARTIAL = "partial"
 _BLOCKS_PER_WRITE = 4096
 _BLOCKS_PER_BATCH = 65_536
 _WRITES_PER_BATCH = 512
@@ -56,55 +38,6 @@ _ROUND_PAUSE_S = 0.05
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 8.0
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
-
-# KEYS: member, blocks. ARGV: mode, incarnation, expected sequence, new sequence, retention, change,
-# then pairs of block id and tiers (0: remove). Returns 0 when the keys are not where they should be.
-_WRITE = """
-local mode, incarnation = ARGV[1], ARGV[2]
-if mode ~= 'replace' then
-  local at = redis.call('HMGET', KEYS[1], 'incarnation', 'sequence', 'blocks')
-  local there = tostring(redis.call('HLEN', KEYS[2]))
-  if at[1] ~= incarnation or at[2] ~= ARGV[3] or at[3] ~= there then return 0 end
-end
--- First, as a full Redis refuses this: so nothing is lost that cannot be written anew.
-redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'sequence', ARGV[4], 'change', ARGV[6])
-if mode == 'replace' then redis.call('UNLINK', KEYS[2]) end
-local held, gone = {}, {}
-for i = 7, #ARGV, 2 do
-  if ARGV[i + 1] == '0' then gone[#gone + 1] = ARGV[i]
-  else held[#held + 1] = ARGV[i]; held[#held + 1] = ARGV[i + 1] end
-end
-for i = 1, #held, 1000 do redis.call('HSET', KEYS[2], unpack(held, i, math.min(i + 999, #held))) end
-for i = 1, #gone, 1000 do redis.call('HDEL', KEYS[2], unpack(gone, i, math.min(i + 999, #gone))) end
-redis.call('HSET', KEYS[1], 'blocks', redis.call('HLEN', KEYS[2]))
-redis.call('EXPIRE', KEYS[1], ARGV[5])
-redis.call('EXPIRE', KEYS[2], ARGV[5])
-return 1
-"""
-
-# KEYS: member, blocks. ARGV: incarnation. A later incarnation's keys stay. However many blocks there are,
-# this is short work: another thread of Redis frees what is unlinked.
-_REMOVE = """
-local at = redis.call('HGET', KEYS[1], 'incarnation')
-if at and at ~= ARGV[1] then return 0 end
-redis.call('UNLINK', KEYS[1], KEYS[2])
-return 1
-"""
-
-# KEYS: blocks. ARGV: cursor, count. Returns the next cursor, block ids end to end, and a byte of tiers for
-# each: one long string is read much sooner than thousands of short ones.
-_READ = """
-local page = redis.call('HSCAN', KEYS[1], ARGV[1], 'COUNT', ARGV[2])
-local ids, tiers = {}, {}
-for i = 1, #page[2], 2 do
-  local block, held = page[2][i], tonumber(page[2][i + 1])
-  if #block == 16 and held and held < 256 then
-    ids[#ids + 1] = block
-    tiers[#tiers + 1] = string.char(held)
-  end
-end
-return {page[1], table.concat(ids), table.concat(tiers)}
-"""
 
 
 @dataclass
@@ -256,7 +189,7 @@ class RedisBackend(Backend):
         mirrors = [mirror for mirror in map(self._mirrors.get, dirty) if mirror is not None]
         new = [mirror.member.worker_id for mirror in mirrors if mirror.rewrite]
         if new:
-            await self._redis.sadd(_WORKERS, *new)
+            await self._redis.sadd(WORKERS, *new)
         # What a member is when its writes are made counts, so that is done in one go for each.
         batch: list[_Write] = []
         blocks = 0
@@ -273,12 +206,12 @@ class RedisBackend(Backend):
     async def _remove(self, gone: Sequence[tuple[str, str]]) -> None:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for worker_id, incarnation in gone:
-                pipeline.eval(_REMOVE, 2, *_keys(worker_id), incarnation)
+                pipeline.eval(REMOVE, 2, *keys(worker_id), incarnation)
             answers = await pipeline.execute()
         # A worker that another kvstore has written since stays in its list.
         removed = [worker_id for (worker_id, _), answer in zip(gone, answers, strict=True) if answer == 1]
         if removed:
-            await self._redis.srem(_WORKERS, *removed)
+            await self._redis.srem(WORKERS, *removed)
         for worker_id, incarnation in gone:
             if self._gone.get(worker_id) == incarnation:
                 del self._gone[worker_id]
@@ -290,9 +223,9 @@ class RedisBackend(Backend):
                 blocks = [part for block_id, tiers in write.blocks for part in (block_id, str(tiers))]
                 # By its text rather than its hash: a node that has never seen the script needs no round more.
                 pipeline.eval(
-                    _WRITE,
+                    WRITE,
                     2,
-                    *_keys(member.worker_id),
+                    *keys(member.worker_id),
                     write.mode,
                     member.incarnation,
                     write.expected,
@@ -343,16 +276,16 @@ class RedisBackend(Backend):
 
     async def _load(self, members: list[Member]) -> None:
         """Append one member after the other: what cannot be read in time comes from the workers."""
-        for raw in sorted(await self._redis.smembers(_WORKERS)):
+        for raw in sorted(await self._redis.smembers(WORKERS)):
             worker_id = cast(bytes, raw).decode(errors="replace")
-            stored = cast(dict[bytes, bytes], await self._redis.hgetall(_keys(worker_id)[0]))
+            stored = cast(dict[bytes, bytes], await self._redis.hgetall(keys(worker_id)[0]))
             member = _parse(stored)
             if member is None:
-                await self._redis.srem(_WORKERS, raw)
+                await self._redis.srem(WORKERS, raw)
                 continue
             if member.position is not None:
                 blocks = await self._load_blocks(worker_id)
-                now = await self._redis.hget(_keys(worker_id)[0], "sequence")
+                now = await self._redis.hget(keys(worker_id)[0], "sequence")
                 if now == stored[b"sequence"] and stored.get(b"blocks") == str(len(blocks)).encode():
                     member.holdings = Holdings(blocks)
                 else:
@@ -364,15 +297,11 @@ class RedisBackend(Backend):
         blocks: dict[bytes, int] = {}
         cursor = b"0"
         while True:
-            key = _keys(worker_id)[1]
-            cursor, ids, tiers = await self._redis.eval(_READ, 1, key, cursor, _BLOCKS_PER_READ)
+            key = keys(worker_id)[1]
+            cursor, ids, tiers = await self._redis.eval(READ, 1, key, cursor, _BLOCKS_PER_READ)
             blocks.update(zip(PackedIds(ids), tiers, strict=True))
             if cursor == b"0":
                 return blocks
-
-
-def _keys(worker_id: str) -> list[str]:
-    return [f"{PREFIX}{{{worker_id}}}:member", f"{PREFIX}{{{worker_id}}}:blocks"]
 
 
 def _sequence(member: Member) -> str:
@@ -389,7 +318,7 @@ def _writes(mirror: _Mirror) -> Iterator[_Write]:
     mirror.written, mirror.rewrite, mirror.changed = final, False, set()
     starts = range(0, max(1, len(blocks)), _BLOCKS_PER_WRITE)
     for start in starts:
-        sequence = final if start == starts[-1] else _PARTIAL
+        sequence = final if start == starts[-1] else PARTIAL
         yield _Write(mirror, mode, expected, sequence, blocks[start : start + _BLOCKS_PER_WRITE])
         mode, expected = "extend", sequence
 

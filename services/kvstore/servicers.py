@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from baton.errors import BatonError, DeadlineExceeded, InvalidRequest
+from baton.errors import BatonError, InvalidRequest
 from baton.kv.events import Verdict
 from baton.rpc.kvstore_messages import check_worker, decode_chains, decode_events
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from services.kvstore.feeds import TooSlow
+from services.kvstore.liveness import SignsOfLife
 from services.kvstore.metrics import Metrics
 from services.kvstore.state import ClusterState
 
@@ -31,28 +31,23 @@ class RegistryServicer(kvstore_pb2_grpc.RegistryServicer):
         self, request_iterator: AsyncIterator[kvstore_pb2.Beat], context: Context
     ) -> AsyncIterator[kvstore_pb2.JoinReply]:
         try:
-            first = await self._beat(request_iterator)
-            if first is None:
-                return
-            check_worker(first.worker)
-            session = self._state.join(first.worker, first.load, first.draining)
-            try:
-                yield kvstore_pb2.JoinReply(ttl_s=self._ttl_s)
-                while (beat := await self._beat(request_iterator)) is not None:
-                    if beat.HasField("worker"):
-                        check_worker(beat.worker)
-                    self._state.beat(session, beat)
-            finally:
-                self._state.leave(session)
+            async with SignsOfLife(self._ttl_s) as life:
+                first = await anext(request_iterator, None)
+                if first is None:
+                    return
+                check_worker(first.worker)
+                session = self._state.join(first.worker, first.load, first.draining)
+                try:
+                    yield kvstore_pb2.JoinReply(ttl_s=self._ttl_s)
+                    async for beat in request_iterator:
+                        life.seen()
+                        if beat.HasField("worker"):
+                            check_worker(beat.worker)
+                        self._state.beat(session, beat)
+                finally:
+                    self._state.leave(session)
         except BatonError as error:
             await context.abort(error.grpc_code, error.message)
-
-    async def _beat(self, beats: AsyncIterator[kvstore_pb2.Beat]) -> kvstore_pb2.Beat | None:
-        try:
-            async with asyncio.timeout(self._ttl_s):
-                return await anext(beats, None)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no beat for {self._ttl_s} s") from None
 
     async def Watch(
         self, request: kvstore_pb2.WatchRequest, context: Context

@@ -37,6 +37,10 @@ class Replaced(BatonError):
     grpc_code = grpc.StatusCode.ALREADY_EXISTS
 
 
+def _taken(worker_id: str) -> Replaced:
+    return Replaced(f"worker id {worker_id} has been taken by a later process; give each its own --worker-id")
+
+
 class Session:
     """One worker's hold on its place in the registry: the life of one Join stream."""
 
@@ -115,9 +119,7 @@ class ClusterState:
         """
         worker_id, incarnation = worker.worker_id, worker.incarnation
         if incarnation in self._former.get(worker_id, ()):
-            raise Replaced(
-                f"worker id {worker_id} has been taken by a later process; give each its own --worker-id"
-            )
+            raise _taken(worker_id)
         member = self._members.get(worker_id)
         if member is not None and member.incarnation != incarnation:
             log.info("worker %s was started anew", worker_id)
@@ -143,6 +145,8 @@ class ClusterState:
             Replaced: the session's place was taken by another stream.
         """
         if self._sessions.get(session.worker_id) is not session:
+            if session.incarnation in self._former.get(session.worker_id, ()):
+                raise _taken(session.worker_id)
             raise Replaced(f"worker {session.worker_id} has joined on another stream")
         member = self._members[session.worker_id]
         worker = beat.worker if beat.HasField("worker") else member.worker

@@ -70,6 +70,13 @@ class Process(ABC):
             self._process.kill()
             self._process = None
 
+    async def pause(self, seconds: float) -> None:
+        """Let it do nothing for so long, as on a machine that is paused."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(seconds)
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from baton.kv.events import Removed
 from baton.rpc.cluster_watch import ClusterWatch
-from services.kvstore.redis import RETENTION_S
+from services.kvstore.redis_schema import RETENTION_S
 from tests.integration.kvstore_processes import KvstoreProcess, Process, until
 from tests.integration.kvstore_workers import (
     TTL_S,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
 from tests.integration.kvstore_processes import (
     KvstoreProcess,
+    Process,
     until,
 )
 from tests.integration.kvstore_workers import (
@@ -93,3 +95,23 @@ async def test_a_later_process_takes_over_a_worker_id_for_good(
             await until(lambda: seen.index.lookup(chain(2, 2)) == {"a": 2}, "the new one publishes")
             assert seen.index.lookup(chain(0)) == {}
             assert heard.heard == ["added a/old", "gone a/old", "added a/new"]
+
+
+async def test_nobody_is_gone_for_what_a_kvstore_did_not_hear_while_it_was_paused(
+    tmp_path: Path, processes: list[Process]
+) -> None:
+    store = KvstoreProcess(tmp_path / "kvstore.log", ttl_s=1.0)
+    processes.append(store)
+    await store.start()
+    a, heard = Publisher(store.address, "a"), Recorder()
+    seen = watch(store, heard)
+    async with running(seen):
+        async with running(a.membership):
+            a.store(1)
+            await until(lambda: seen.index.lookup(chain(1)) == {"a": 1}, "a is known")
+            await store.pause(3.0)
+            a.store(1, 2)
+            await until(lambda: seen.index.lookup(chain(1, 2)) == {"a": 2}, "the kvstore goes on")
+            assert heard.heard == ["added a/1"]
+        await until(lambda: not seen.peers, "a has left")
+    assert (a.snapshots, heard.heard) == (1, ["added a/1", "gone a/1"])
