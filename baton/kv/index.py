@@ -47,6 +47,7 @@ _MAX_SHARED_SETS = 65_536
 _SWEEP_PER_MESSAGE = 1024
 _SWEEP_PER_BLOCK = 16
 _MAX_WAITING_BLOCKS = 65_536
+_MAX_FOUND = 1024
 _PIECE = 1024
 _HEADROOM = 8
 _GENERATIONS = 16
@@ -123,16 +124,21 @@ class PrefixIndex:
         if self._touching and held and self._used_blocks + len(block_ids) <= _MAX_WAITING_BLOCKS:
             self._used.append(block_ids)
             self._used_blocks += len(block_ids)
-        if self.keep_found and held and self._found_blocks + len(block_ids) <= _MAX_WAITING_BLOCKS:
-            self._found.append(block_ids)
-            self._found_blocks += len(block_ids)
+        if self.keep_found and held:
+            self._keep(block_ids)
         return held
 
     def take_found(self) -> list[Sequence[bytes]]:
-        """The chains that lookups have found, in part or whole, since the last call: as many as fit
-        65,536 blocks."""
+        """The chains that lookups have found, in part or whole, since the last call, the first of them:
+        at most 1024 with 65,536 blocks."""
         found, self._found, self._found_blocks = self._found, [], 0
         return found
+
+    def _keep(self, block_ids: Sequence[bytes]) -> None:
+        blocks = self._found_blocks + len(block_ids)
+        if blocks <= _MAX_WAITING_BLOCKS and len(self._found) < _MAX_FOUND:
+            self._found.append(block_ids)
+            self._found_blocks = blocks
 
     def lookup_tiers(self, block_ids: Sequence[bytes]) -> dict[str, TierCounts]:
         """Like `lookup`, with how many of the leading blocks lie in which tier.

@@ -334,4 +334,11 @@ def _parse(stored: dict[bytes, bytes]) -> Member | None:
     position = None
     if sequence.isdigit() and int(sequence) > 0:
         position = Position(change.worker.incarnation, int(sequence))
-    return Member(change.worker, change.load, change.draining, confirmed=False, position=position)
+    return Member(
+        change.worker,
+        change.load,
+        change.draining,
+        dict(change.read_bytes_per_s),
+        confirmed=False,
+        position=position,
+    )

@@ -169,6 +169,25 @@ async def test_a_redis_that_evicts_is_warned_of_once_and_written_anew_when_it_no
         assert "read 1 workers and 50000 blocks from Redis" in redis_kvstore.log
 
 
+async def test_a_second_kvstore_on_the_same_database_does_no_lasting_harm(
+    tmp_path: Path, redis: RedisProcess, redis_kvstore: KvstoreProcess, processes: list[Process]
+) -> None:
+    a, seen = Publisher(redis_kvstore.address, "a"), watch(redis_kvstore)
+    second = KvstoreProcess(tmp_path / "second.log", redis=redis.url, ttl_s=0.5)
+    processes.append(second)
+    async with running(a.membership, seen):
+        a.store(1, 2)
+        await until(lambda: redis_kvstore.metric(WRITTEN) == 2, "Redis has it")
+        await second.start()
+        await until(lambda: "worker a did not come back" in second.log, "it waits for the other's worker")
+        await until(lambda: redis_kvstore.metric(LOST) == 1, "and takes it out of Redis")
+        a.step()
+        held = str(len(a.held))
+        await until(lambda: redis.ask("hlen", "baton:1:{a}:blocks") == held, "it is written anew")
+        assert redis_kvstore.log.count("another kvstore writes to the same database") == 1
+        assert a.agrees(seen)
+
+
 async def test_many_workers_that_go_at_once_are_removed_in_short_steps(
     redis: RedisProcess, redis_kvstore: KvstoreProcess
 ) -> None:

@@ -21,6 +21,7 @@ from tests.integration.kvstore_workers import (
     watch,
     worker_process,
 )
+from tests.integration.redis_processes import RedisProcess
 
 
 async def test_a_worker_in_the_registry_is_as_it_said(memory_kvstore: KvstoreProcess) -> None:
@@ -63,13 +64,13 @@ async def test_a_killed_worker_is_gone_with_its_blocks_and_a_new_one_replaces_it
 
 
 async def test_a_stopped_worker_is_gone_after_its_ttl_and_back_when_it_goes_on(
-    memory_kvstore: KvstoreProcess,
+    redis: RedisProcess, redis_kvstore: KvstoreProcess
 ) -> None:
-    seen = watch(memory_kvstore)
-    async with running(seen), worker_process(memory_kvstore, "1") as process:
-        await until(lambda: seen.peers, "the worker is known")
+    seen = watch(redis_kvstore)
+    async with running(seen), worker_process(redis_kvstore, "1") as process:
+        await until(lambda: seen.peers and redis.ask("dbsize") == "3", "the worker is known")
         process.send_signal(signal.SIGSTOP)
-        await until(lambda: not seen.peers, "the worker is gone")
+        await until(lambda: not seen.peers and redis.ask("dbsize") == "0", "nothing of it is left")
         process.send_signal(signal.SIGCONT)
         await until(lambda: seen.peers, "the worker is back")
 

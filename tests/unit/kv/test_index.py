@@ -208,6 +208,9 @@ def test_what_lookups_found_is_kept_while_somebody_wants_it() -> None:
     for _ in range(3):
         index.lookup(long)
     assert index.take_found() == [long], "no more than is sent at once"
+    for _ in range(2000):
+        index.lookup(chain(1))
+    assert len(index.take_found()) == 1024
 
 
 def test_a_worker_that_left_takes_its_entries_with_it_while_others_go_on() -> None:
