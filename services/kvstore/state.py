@@ -276,15 +276,15 @@ class ClusterState:
         finally:
             self._index_feeds.remove(feed)
 
-    def listing(self, feed: IndexFeed) -> Iterator[list[kvstore_pb2.IndexUpdate]]:
+    def listing(self, feed: IndexFeed) -> Iterator[Iterator[kvstore_pb2.IndexUpdate]]:
         """What every worker holds, a worker at a time.
 
-        Each is current when it is asked for: pass it on whole, and then what waits in the feed, before
-        the next one.
+        Each says what was when it was asked for: pass it on whole, and then what waits in the feed,
+        before the next one.
         """
         while (worker_id := feed.list_next()) is not None:
             member = self._members.get(worker_id)
             if member is not None and member.position is not None:
                 held = member.holdings.by_tier()
                 pieces = snapshot_pieces(worker_id, member.position, held, MAX_BLOCKS)
-                yield [kvstore_pb2.IndexUpdate(events=encode_events(piece)) for piece in pieces]
+                yield (kvstore_pb2.IndexUpdate(events=encode_events(piece)) for piece in pieces)

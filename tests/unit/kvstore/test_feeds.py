@@ -163,7 +163,7 @@ class SubscriberFollowsTheKvstore(RuleBasedStateMachine):
         else:
             pieces = next(self.listing, None)
             self.listed = pieces is None
-            self.pieces = pieces or []
+            self.pieces = list(pieces or ())
         return True
 
     def take(self, told: kvstore_pb2.IndexUpdate) -> None:
