@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +31,7 @@ from stack_peers import VllmInstall, vllm_cluster
 
 from tests.cluster import run_cluster
 
+Turn = Callable[[], AbstractContextManager[str]]
 MODEL = SHAPES["250m"]
 APART, HYBRID, FREE = "baton 1 prefill + 1 decode", "baton 2 hybrid", "baton, free choice"
 VLLM_APART, VLLM_WHOLE = "vLLM 1 prefill + 1 decode", "vLLM 2 workers"
@@ -46,30 +48,32 @@ def version_of(package: str, python: Path) -> str:
     return said or "unknown"
 
 
-def start(stack: ExitStack, folder: Path, scratch: Path, vllm: VllmInstall | None) -> dict[str, str]:
-    """Bring every stack up; URLs by name."""
-    urls = {}
+def start(stack: ExitStack, folder: Path, scratch: Path, vllm: VllmInstall | None) -> dict[str, Turn]:
+    """Bring every stack up; by name, what gives its URL for the time of a measurement."""
+    turns: dict[str, Turn] = {}
     for number, (name, flags) in enumerate(PLACEMENTS.items()):
         home = scratch / str(number)
         home.mkdir()
         common = ("--threads", "1", "--dtype", "bfloat16", "--served-model-name", str(folder))
-        urls[name] = stack.enter_context(run_cluster(home, *flags, *common, model=folder)).base_url
+        cluster = stack.enter_context(run_cluster(home, *flags, *common, model=folder))
+        turns[name] = partial(nullcontext, cluster.base_url)
     if vllm is not None:
         for name, disaggregated in ((VLLM_WHOLE, False), (VLLM_APART, True)):
-            running = vllm_cluster(vllm, scratch, folder, disaggregated=disaggregated)
-            urls[name] = stack.enter_context(running)
-    return urls
+            running = stack.enter_context(vllm_cluster(vllm, scratch, folder, disaggregated=disaggregated))
+            turns[name] = running.awake
+    return turns
 
 
 def measure(
-    urls: Mapping[str, str], client: Path, folder: Path, scratch: Path, rounds: int, requests: int
+    turns: Mapping[str, Turn], client: Path, folder: Path, scratch: Path, rounds: int, requests: int
 ) -> dict[str, Served]:
     """Medians over the rounds, by stack."""
-    seen: dict[str, list[Served]] = {name: [] for name in urls}
+    seen: dict[str, list[Served]] = {name: [] for name in turns}
     for number in range(rounds + 1):  # the first round warms up
-        for name, url in urls.items():
+        for name, turn in turns.items():
             asked = requests if number else 2 * STREAMS
-            served = put_load(client, url, folder, asked, number, scratch)
+            with turn() as url:
+                served = put_load(client, url, folder, asked, number, scratch)
             if number:
                 seen[name].append(served)
     return {name: _median(rounds) for name, rounds in seen.items()}
@@ -154,8 +158,8 @@ def main() -> None:
     rounds, requests = (1, 2 * STREAMS) if arguments.quick else (arguments.rounds, 6 * STREAMS)
     folder = served_folder(MODEL)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        urls = start(stack, folder, Path(scratch), vllm)
-        seen = measure(urls, client, folder, Path(scratch), rounds, requests)
+        turns = start(stack, folder, Path(scratch), vllm)
+        seen = measure(turns, client, folder, Path(scratch), rounds, requests)
     report(Console(width=100), seen, versions)
 
 

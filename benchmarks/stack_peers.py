@@ -60,6 +60,32 @@ class VllmInstall:
     packages: Path | None
 
 
+@dataclass(frozen=True)
+class VllmStack:
+    """Where a stack is reached, and its processes. They stand still between measurements: disaggregated workers
+    of vLLM poll without a pause when idle, at the others' expense."""
+
+    url: str
+    processes: Sequence[psutil.Process]
+
+    @contextmanager
+    def awake(self) -> Iterator[str]:
+        """The URL; the processes run inside the block and stand still after it."""
+        for process in self._all():
+            process.resume()
+        try:
+            yield self.url
+        finally:
+            self.pause()
+
+    def pause(self) -> None:
+        for process in self._all():
+            process.suspend()
+
+    def _all(self) -> list[psutil.Process]:
+        return [one for top in self.processes for one in (top, *top.children(recursive=True))]
+
+
 @contextmanager
 def _process(command: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[psutil.Process]:
     """A process and its children, which end with the block."""
@@ -117,8 +143,10 @@ def _worker(
 
 
 @contextmanager
-def vllm_cluster(install: VllmInstall, folder: Path, model: Path, *, disaggregated: bool) -> Iterator[str]:
-    """The URL of vllm-router in front of two workers, which end with the block.
+def vllm_cluster(
+    install: VllmInstall, folder: Path, model: Path, *, disaggregated: bool
+) -> Iterator[VllmStack]:
+    """vllm-router in front of two workers, paused; they end with the block.
 
     Raises:
         RuntimeError: something did not start; with the end of its log.
@@ -138,5 +166,8 @@ def vllm_cluster(install: VllmInstall, folder: Path, model: Path, *, disaggregat
         else:
             command += ["--worker-urls", first, second]
         url = f"http://127.0.0.1:{port}"
-        _wait_ready(url, stack.enter_context(_process(command, {}, log)), log)
-        yield url
+        router = stack.enter_context(_process(command, {}, log))
+        _wait_ready(url, router, log)
+        running = VllmStack(url, [router, *(process for _, process, _ in workers)])
+        running.pause()
+        yield running
