@@ -95,7 +95,12 @@ class EngineSettings:
         "begin an engine step while the device computes the one before; auto is on on cuda, off on cpu",
     )
     cuda_graphs: bool = setting(True, "on cuda, run decode steps as graphs recorded at start")
-    threads: int = setting(0, "torch threads of a worker [0: its share of the cores]", minimum=0)
+    threads: int = setting(
+        0, "threads a worker computes with [0: as many as it has cores; baton up divides them]", minimum=0
+    )
+    cores: str = setting(
+        "", "cores a worker is bound to, such as 0-3,8 [empty: any; baton up gives each worker its own]"
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import ceil
 from pathlib import Path
 
@@ -22,6 +22,39 @@ def usable_cores() -> int:
         if quota > 0 and period > 0:
             cores = min(cores, ceil(quota / period))
     return max(1, cores)
+
+
+def own_cores() -> tuple[int, ...]:
+    """The cores this process may divide as it likes, ascending: those of its affinity, which a cpuset narrows.
+
+    Empty where the system does not tell them, and where a quota allows less than all of them: bound to a few,
+    processes would stand in each other's way while others idle.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return cores if len(cores) == usable_cores() else ()
+
+
+def read_cores(text: str) -> frozenset[int]:
+    """The cores that `text` lists, as the kernel does: 0-3,8.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        some = range(int(first), int(last or first) + 1)
+        if not some:
+            raise ValueError(f"{part!r} is no range")
+        cores.update(some)
+    return frozenset(cores)
+
+
+def list_cores(cores: Iterable[int]) -> str:
+    """What `read_cores` reads."""
+    return ",".join(map(str, sorted(cores)))
 
 
 def available_bytes() -> int:

@@ -11,7 +11,7 @@ from baton.cli.preflight import CannotStart, check_memory, claim_port
 from baton.cli.readiness import Readiness
 from baton.cli.supervisor import Probe, ProcessSpec
 from baton.config import PROCESS_SECTIONS, SECTIONS, Settings, flag, variable
-from baton.machine import available_bytes, gpu_count, usable_cores
+from baton.machine import available_bytes, gpu_count, list_cores, own_cores, usable_cores
 from baton.model_folder import model_folder
 
 # The routers stop first, so that no new work reaches workers that stop.
@@ -99,7 +99,12 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
             role,
             _WORKERS,
             partial(readiness.worker, name),
-            {"role": role, "worker_id": name, **_gpu(settings, number)},
+            {
+                "role": role,
+                "worker_id": name,
+                **_gpu(settings, number),
+                **_cores(settings, number, len(roles)),
+            },
         )
         for number, (name, role) in enumerate(roles.items())
     ]
@@ -139,6 +144,16 @@ def _engine_flags(settings: Settings, workers: int) -> dict[str, object]:
         sharing = -(-workers // max(1, gpu_count()))
         flags["gpu_memory_utilization"] = settings.engine.gpu_memory_utilization / sharing
     return flags
+
+
+def _cores(settings: Settings, number: int, workers: int) -> dict[str, object]:
+    """Cores of its own for worker `number`, where there are enough for all: one that waits for a core
+    keeps the other threads of its step waiting."""
+    cores = own_cores()
+    each = settings.engine.threads or len(cores) // workers
+    if settings.model.device != "cpu" or not each or each * workers > len(cores):
+        return {}
+    return {"cores": list_cores(cores[number * each : (number + 1) * each])}
 
 
 def _gpu(settings: Settings, number: int) -> dict[str, object]:

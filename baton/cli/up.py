@@ -30,7 +30,7 @@ from baton.model_folder import has_chat_template
 @click.command()
 @settings_options(
     *("model", "cluster", "router", "engine", "worker", "kvstore", "observability"),
-    without=("role", "worker_id", "worker_port", "kvstore", "metrics_port", "share_ports"),
+    without=("role", "worker_id", "worker_port", "kvstore", "metrics_port", "share_ports", "cores"),
 )
 def up(settings: Settings) -> None:
     """Start a cluster on this machine and stop it with Ctrl-C.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from typing import Literal
 
 import click
 
 from baton.cli.options import effective_settings, settings_options
-from baton.config import PROCESS_SECTIONS, Settings
+from baton.config import PROCESS_SECTIONS, BadSetting, Settings
 from baton.logs import configure
+from baton.machine import read_cores
 from baton.worker.host import run_worker
 
 
@@ -23,6 +25,16 @@ def worker_command(role: Literal["prefill", "decode"]) -> click.Command:
         if any(item.name == "role" and item.source == "default" for item in effective_settings()):
             settings = replace(settings, worker=replace(settings.worker, role=role))
         configure(settings.worker.worker_id or settings.worker.role, settings.observability.log_level)
+        _bind(settings.engine.cores)  # before any thread starts: each inherits it
         asyncio.run(run_worker(settings))
 
     return main
+
+
+def _bind(cores: str) -> None:
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(0, read_cores(cores))
+    except (ValueError, OSError, AttributeError) as error:
+        raise BadSetting(f"--cores {cores}: no such cores to be had here ({error})", field="cores") from error

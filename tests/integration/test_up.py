@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from baton.machine import own_cores
 from tests.cluster import ROOT, UP, Cluster
 from tests.conftest import StartCluster
 
@@ -72,6 +73,9 @@ def test_a_newcomer_gets_a_table_a_curl_that_works_and_a_clean_stop(start_cluste
             assert str(pid) in rows[name]
             assert f"/{name}.log" in rows[name]
         assert set(cluster.workers()) == {"prefill-0", "decode-0"}
+        if len(own_cores()) > 1:
+            prefill, decode = (set(psutil.Process(pids[n]).cpu_affinity()) for n in ("prefill-0", "decode-0"))
+            assert not prefill & decode, "each worker has cores of its own"
         assert cluster.workers()["decode-0"] in rows["decode-0"]
         assert_answers(cluster)
 

@@ -112,6 +112,25 @@ def test_cores_are_divided_between_the_workers(model: Path, monkeypatch: pytest.
     assert arguments(plan(model, hybrid=4, threads=5))["hybrid-0"]["--threads"] == "5"
 
 
+def test_workers_get_cores_of_their_own_where_there_are_enough(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "own_cores", lambda: (1, 2, 3, 5, 7))
+
+    def cores(**changes: object) -> list[str | None]:
+        found = arguments(plan(model, **changes))
+        return [each.get("--cores") for name, each in found.items() if name.startswith("hybrid")]
+
+    assert cores(hybrid=2) == ["1,2", "3,5"]
+    assert cores(hybrid=5) == ["1", "2", "3", "5", "7"]
+    assert cores(hybrid=6) == [None] * 6
+    assert cores(hybrid=1, threads=2) == ["1,2"]
+    assert cores(hybrid=2, threads=3) == [None] * 2
+    assert cores(hybrid=1, device="cuda") == [None]
+    monkeypatch.setattr(cluster, "own_cores", lambda: ())
+    assert cores(hybrid=2) == [None] * 2
+
+
 def test_many_workers_share_half_of_the_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "available_bytes", lambda: 1_000_000)
     assert "--kv-bytes" not in arguments(plan(model, hybrid=4))["hybrid-0"]

@@ -48,6 +48,24 @@ def test_version_1_quotas_count(cgroups: Path) -> None:
     assert machine.usable_cores() == 4
 
 
+def test_cores_are_ours_to_choose_unless_a_quota_allows_fewer(cgroups: Path) -> None:
+    assert machine.own_cores() == tuple(range(64))
+    (cgroups / "a" / "cpu.max").write_text("250000 100000\n")
+    assert machine.own_cores() == ()
+
+
+@pytest.mark.parametrize(("text", "cores"), [("0", {0}), ("0-3,8", {0, 1, 2, 3, 8}), ("5,2-2", {2, 5})])
+def test_lists_of_cores_are_read_as_the_kernel_writes_them(text: str, cores: set[int]) -> None:
+    assert machine.read_cores(text) == cores
+    assert machine.read_cores(machine.list_cores(cores)) == cores
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1"])
+def test_what_is_no_list_of_cores_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        machine.read_cores(text)
+
+
 def test_memory_that_the_group_has_left_counts(cgroups: Path) -> None:
     (cgroups / "a" / "memory.max").write_text("3000\n")
     (cgroups / "a" / "memory.current").write_text("1000\n")
