@@ -16,6 +16,7 @@ from baton.config import Settings
 from baton.profile import DecodePoint, PrefillPoint, Profile
 
 CONTEXTS = (64, 512, 2048)
+_BUDGET_S = 20.0
 
 
 @click.command()
@@ -49,18 +50,21 @@ def _measure(settings: Settings) -> Profile:
     # Here, not above: they load torch, which the base install does not have.
     import torch
 
-    from baton.engine.curves import measure_decode
-    from baton.worker.host import DECODE_SIZES, load
+    from baton.engine.curves import measure_decode, measure_prefill
+    from baton.worker.host import DECODE_SIZES, PREFILL_SIZES, load
 
     loaded = load(settings)
     block_size = loaded.attention.cache.layout.block_size
+    pool, longest = loaded.scheduler.pool, loaded.model.config.max_model_len - 1
+    prompts = [size for size in PREFILL_SIZES if size < longest] + [longest]
+    prefill = measure_prefill(loaded.runner, pool, block_size, prompts, budget_s=_BUDGET_S)
     sizes = [size for size in DECODE_SIZES if size <= settings.engine.max_batch_requests]
     decode = [
         DecodePoint(batch, context, seconds)
         for context in CONTEXTS
         if context < loaded.model.config.max_model_len
         for batch, seconds in measure_decode(
-            loaded.runner, loaded.scheduler.pool, block_size, sizes, context
+            loaded.runner, pool, block_size, sizes, context=context, budget_s=_BUDGET_S
         ).items()
     ]
     on_gpu = settings.model.device == "cuda"
@@ -70,6 +74,6 @@ def _measure(settings: Settings) -> Profile:
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         versions={"baton": version("baton-serve"), "torch": version("torch")},
-        prefill=[PrefillPoint(tokens, seconds) for tokens, seconds in loaded.prefill_curve.items()],
+        prefill=[PrefillPoint(tokens, seconds) for tokens, seconds in prefill.items()],
         decode=decode,
     )

@@ -17,7 +17,7 @@ from baton.sampling import Sampling
 ROUNDS = 3
 DECODE_CONTEXT = 64
 #: Seconds that finding one curve may take when a worker starts.
-START_BUDGET_S = 0.6
+START_BUDGET_S = 0.3
 _ENOUGH_S = 0.05
 _NEARLY = 0.95
 
