@@ -44,8 +44,26 @@ _END = b"0\r\n\r\n"
 
 
 class InstantWorker(worker_pb2_grpc.DecodeServicer):
-    """A decode worker whose steps take `step_s`, with one message per step for all requests; or no time at
-    0, and then all tokens of a request come in one message, as the instant OpenAI servers write them."""
+    """A decode worker that answers at once: all tokens of the requests in a message come in one message, as
+    the instant OpenAI servers write them."""
+
+    async def Session(
+        self,
+        requests: AsyncIterator[worker_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> None:
+        load = _load()
+        async for message in requests:
+            step = worker_pb2.StepOutputs(load=load)
+            for start in message.starts:
+                for left in range(start.sampling.max_tokens, 0, -1):
+                    _add_token(step, start.key, left, first=left == start.sampling.max_tokens)
+            if step.outputs:
+                await context.write(step)
+
+
+class PacedWorker(worker_pb2_grpc.DecodeServicer):
+    """A decode worker whose steps take `step_s`, with one message per step for all requests."""
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
@@ -57,45 +75,47 @@ class InstantWorker(worker_pb2_grpc.DecodeServicer):
     ) -> None:
         left: dict[int, int] = {}
         fresh: set[int] = set()
-        arrived = asyncio.Event()
 
         async def read() -> None:
             async for message in requests:
-                if message.HasField("start"):
-                    left[message.start.key] = message.start.sampling.max_tokens
-                    fresh.add(message.start.key)
-                    arrived.set()
-                elif message.HasField("cancel"):
-                    left.pop(message.cancel.key, None)
+                for start in message.starts:
+                    left[start.key] = start.sampling.max_tokens
+                    fresh.add(start.key)
+                for key in message.cancelled_keys:
+                    left.pop(key, None)
 
-        load = worker_pb2.WorkerLoad(total_blocks=1 << 20, free_blocks=1 << 20)
+        load = _load()
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(read())
             while not reading.done():
-                if not left:
-                    arrived.clear()
-                    waiting = asyncio.ensure_future(arrived.wait())
-                    await asyncio.wait([waiting, reading], return_when=asyncio.FIRST_COMPLETED)
-                    waiting.cancel()
                 await asyncio.sleep(self._step_s)
                 load.running = len(left)
                 step = worker_pb2.StepOutputs(load=load)
                 for key in list(left):
-                    for _ in range(1 if self._step_s else left[key]):
-                        output = step.outputs.add(key=key, token_ids=[300 + left[key] % 200])
-                        if key in fresh:
-                            fresh.discard(key)
-                            output.prefill.kind = worker_pb2.PrefillReport.LOCAL
-                        left[key] -= 1
+                    _add_token(step, key, left[key], first=key in fresh)
+                    fresh.discard(key)
+                    left[key] -= 1
                     if not left[key]:
-                        output.finish_reason = inference_pb2.FINISH_REASON_LENGTH
                         del left[key]
                 if step.outputs:
                     await context.write(step)
 
 
+def _load() -> worker_pb2.WorkerLoad:
+    return worker_pb2.WorkerLoad(total_blocks=1 << 20, free_blocks=1 << 20)
+
+
+def _add_token(step: worker_pb2.StepOutputs, key: int, left: int, *, first: bool) -> None:
+    output = step.outputs.add(key=key, token_ids=[300 + left % 200])
+    if first:
+        output.prefill.kind = worker_pb2.PrefillReport.LOCAL
+    if left == 1:
+        output.finish_reason = inference_pb2.FINISH_REASON_LENGTH
+
+
 def serve_workers(pipe: Connection, kvstore: str, count: int, step_s: float) -> None:
-    """Run `count` instant workers, registered at `kvstore`, until killed; says when they serve."""
+    """Run `count` workers, registered at `kvstore`, until killed; says when they serve. They are instant, or
+    take `step_s` seconds for a step."""
 
     stack, tasks = AsyncExitStack(), asyncio.TaskGroup()
 
@@ -104,7 +124,8 @@ def serve_workers(pipe: Connection, kvstore: str, count: int, step_s: float) -> 
 
     async def one(number: int) -> None:
         server = await stack.enter_async_context(Server())
-        server.add(worker_pb2_grpc.add_DecodeServicer_to_server, InstantWorker(step_s), "baton.v1.Decode")
+        worker = PacedWorker(step_s) if step_s else InstantWorker()
+        server.add(worker_pb2_grpc.add_DecodeServicer_to_server, worker, "baton.v1.Decode")
         port = server.bind("127.0.0.1", 0, flag="--worker-port")
         await server.start()
         described = kvstore_pb2.Worker(
@@ -128,7 +149,7 @@ def serve_workers(pipe: Connection, kvstore: str, count: int, step_s: float) -> 
                 await one(number)
             pipe.send("serving")
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 class _InstantOpenAi(asyncio.Protocol):

@@ -79,13 +79,12 @@ class Session:
             writer = tasks.create_task(self._write(context))
             try:
                 async for message in requests:
-                    match message.WhichOneof("message"):
-                        case "hello":
-                            log.info("session with router %s", message.hello.router_id)
-                        case "start":
-                            self._start(message.start, tasks)
-                        case "cancel":
-                            self._cancel(message.cancel.key)
+                    if message.HasField("hello"):
+                        log.info("session with router %s", message.hello.router_id)
+                    for start in message.starts:
+                        self._start(start, tasks)
+                    for key in message.cancelled_keys:
+                        self._cancel(key)
             finally:
                 writer.cancel()
                 for task in self._handoffs.values():

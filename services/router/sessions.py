@@ -12,6 +12,7 @@ import grpc
 from baton.routing.view import WorkerView
 from baton.rpc.channels import open_channel
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from services.router.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,6 @@ _CONNECT_TIMEOUT_S = 5.0
 _WRITE_TIMEOUT_S = 15.0
 _FIRST_RETRY_S = 0.05
 _LAST_RETRY_S = 2.0
-# Messages to a worker that has stopped reading; then its session is as good as broken.
-_MAX_OUTGOING = 8192
 # Steps a client may lag behind its worker before its request is given up.
 _MAX_UNREAD_STEPS = 8192
 
@@ -108,12 +107,12 @@ class Session:
         self._on_change = on_change
         self._attempts: dict[int, Attempt] = {}
         self._last_key = 0
-        self._outgoing: asyncio.Queue[worker_pb2.SessionRequest] | None = None
+        self._outbox: Outbox | None = None
         self._overflowed = False
 
     @property
     def connected(self) -> bool:
-        return self._outgoing is not None
+        return self._outbox is not None
 
     @property
     def idle(self) -> bool:
@@ -125,20 +124,25 @@ class Session:
         Raises:
             SessionBroken: the worker cannot be reached now.
         """
+        if self._outbox is None:
+            raise SessionBroken(f"no session with {self.worker.worker_id}")
+        if self._outbox.full:
+            raise SessionBroken(f"{self.worker.worker_id} does not read its session")
         self._last_key += 1
         start.key = self._last_key
-        self._send(worker_pb2.SessionRequest(start=start))
+        self._outbox.start(start)
         attempt = self._attempts[start.key] = Attempt(self, start.key)
         return attempt
 
     def forget(self, key: int, *, cancel: bool) -> None:
         """The request is over on this side; with `cancel`, tell the worker."""
-        if self._attempts.pop(key, None) is not None and cancel and self.connected:
-            try:
-                self._send(worker_pb2.SessionRequest(cancel=worker_pb2.Cancel(key=key)))
-            except SessionBroken:
-                # The cancel is lost, so the stream must go: with it the worker frees everything.
-                self._overflowed = True
+        if self._attempts.pop(key, None) is None or not cancel or self._outbox is None:
+            return
+        if self._outbox.full:
+            # The cancel is lost, so the stream must go: with it the worker frees everything.
+            self._overflowed = True
+        else:
+            self._outbox.cancel(key)
 
     async def run(self) -> None:
         """Connect, and connect again after every failure, with growing pauses."""
@@ -169,12 +173,12 @@ class Session:
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await call.write(worker_pb2.SessionRequest(hello=worker_pb2.Hello(router_id=self._router_id)))
-            self._outgoing = asyncio.Queue(_MAX_OUTGOING)
+            self._outbox = Outbox()
             self._overflowed = False
             log.info("session with %s at %s is up", self.worker.worker_id, self.worker.address)
             self._on_change()
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._write(call, self._outgoing))
+                tasks.create_task(self._write(call, self._outbox))
                 tasks.create_task(self._read(call))
         except BaseException as error:
             self._break(error)
@@ -185,10 +189,10 @@ class Session:
     async def _write(
         self,
         call: grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.StepOutputs],
-        outgoing: asyncio.Queue[worker_pb2.SessionRequest],
+        outbox: Outbox,
     ) -> None:
         while not self._overflowed:
-            message = await outgoing.get()
+            message = await outbox.take()
             async with asyncio.timeout(_WRITE_TIMEOUT_S):
                 await call.write(message)
         raise _SessionEnded("the worker reads too slowly")
@@ -207,19 +211,11 @@ class Session:
                     attempt.deliver(output)
         raise _SessionEnded("the worker ended the stream")
 
-    def _send(self, message: worker_pb2.SessionRequest) -> None:
-        if self._outgoing is None:
-            raise SessionBroken(f"no session with {self.worker.worker_id}")
-        try:
-            self._outgoing.put_nowait(message)
-        except asyncio.QueueFull:
-            raise SessionBroken(f"{self.worker.worker_id} does not read its session") from None
-
     def _break(self, error: BaseException) -> None:
         """The stream is over: every request on it fails over."""
-        if self._outgoing is None:
+        if self._outbox is None:
             return
-        self._outgoing = None
+        self._outbox = None
         reason = _reason(error)
         if not isinstance(error, asyncio.CancelledError):
             log.warning("session with %s broke: %s", self.worker.worker_id, reason)

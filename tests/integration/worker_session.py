@@ -44,7 +44,7 @@ def generate(
         start.prefill_incarnation = cluster.status(prefill_worker).incarnation
     requests: queue.SimpleQueue[worker_pb2.SessionRequest | None] = queue.SimpleQueue()
     requests.put(worker_pb2.SessionRequest(hello=worker_pb2.Hello(router_id="test")))
-    requests.put(worker_pb2.SessionRequest(start=start))
+    requests.put(worker_pb2.SessionRequest(starts=[start]))
     tokens: list[int] = []
     report = worker_pb2.PrefillReport()
     with grpc.insecure_channel(cluster.workers()[worker_id]) as channel:

@@ -62,35 +62,36 @@ Global___Purpose: _TypeAlias = Purpose  # noqa: Y015
 
 @_typing.final
 class SessionRequest(_message.Message):
-    """---- Decode.Session ---------------------------------------------------------------------------"""
+    """---- Decode.Session ---------------------------------------------------------------------------
+
+    What has gathered while the message before was sent; the first one says hello.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
-    START_FIELD_NUMBER: _builtins.int
-    CANCEL_FIELD_NUMBER: _builtins.int
+    STARTS_FIELD_NUMBER: _builtins.int
+    CANCELLED_KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def hello(self) -> Global___Hello:
-        """first"""
+    def hello(self) -> Global___Hello: ...
+    @_builtins.property
+    def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Start]: ...
+    @_builtins.property
+    def cancelled_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of starts in this message and before"""
 
-    @_builtins.property
-    def start(self) -> Global___Start: ...
-    @_builtins.property
-    def cancel(self) -> Global___Cancel: ...
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
-        start: Global___Start | None = ...,
-        cancel: Global___Cancel | None = ...,
+        starts: _abc.Iterable[Global___Start] | None = ...,
+        cancelled_keys: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled_keys", b"cancelled_keys", "hello", b"hello", "starts", b"starts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "start", "cancel"]  # noqa: Y015
-    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
 
@@ -196,25 +197,6 @@ class Pull(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Pull: _TypeAlias = Pull  # noqa: Y015
-
-@_typing.final
-class Cancel(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    KEY_FIELD_NUMBER: _builtins.int
-    key: _builtins.int
-    def __init__(
-        self,
-        *,
-        key: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

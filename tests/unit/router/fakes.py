@@ -69,14 +69,14 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
 
         async def read(tasks: asyncio.TaskGroup) -> None:
             async for message in requests:
-                if message.HasField("start"):
-                    self.starts.append(message.start)
-                    task = tasks.create_task(self._generate(message.start, write, broken))
-                    self.running[message.start.key] = task
-                elif message.HasField("cancel"):
-                    self.cancelled.add(message.cancel.key)
-                    if task := self.running.get(message.cancel.key):
-                        task.cancel()
+                for start in message.starts:
+                    self.starts.append(start)
+                    task = tasks.create_task(self._generate(start, write, broken))
+                    self.running[start.key] = task
+                for key in message.cancelled_keys:
+                    self.cancelled.add(key)
+                    if running := self.running.get(key):
+                        running.cancel()
                 await self._note()
 
         try:
