@@ -30,6 +30,7 @@ test: $(STAMP) test-tools $(BIN)/helm $(NODE_STAMP)
 	@echo "not run here: tests/gpu (make test-gpu, needs a GPU), tests/k8s (make test-k8s, needs a cluster)"
 	$(BIN)/pytest
 
+# With another torch than the pinned one: .venv/bin/pip install "torch==2.11.*" first.
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu
 

@@ -105,8 +105,12 @@ def model_folder(shape: Shape) -> Path:
             tie_word_embeddings=False,
             dtype="bfloat16",
         )
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        # A CPU takes minutes for eight billion random numbers.
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder)
+        del model
+        torch.cuda.empty_cache()
     return folder
 
 

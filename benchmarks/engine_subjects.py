@@ -18,6 +18,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from baton.engine.interfaces import Step
+    from baton.engine.scheduler import Scheduled
     from baton.engine.sequence import Sequence
 
 VOCAB = 32_000
@@ -44,6 +46,8 @@ class Baton:
         import torch
 
         from baton.attention.select import create_backend, preferred_block_size
+        from baton.device import device_of
+        from baton.engine.graphs import DecodeGraphs
         from baton.engine.runner import Runner
         from baton.engine.scheduler import Limits, Scheduler
         from baton.kv.pool import BlockPool
@@ -56,7 +60,9 @@ class Baton:
         self._block_size = preferred_block_size(where, loaded.dtype, specs)
         blocks = 64 + LONGEST * 2 // self._block_size
         attention = create_backend(where, loaded.dtype, specs, blocks, self._block_size, loaded.fingerprint)
-        self._runner = Runner(loaded, attention, where)
+        self._overlap = device == "cuda"
+        graphs = DecodeGraphs.record(loaded, attention, device_of(where), 32) if self._overlap else None
+        self._runner = Runner(loaded, attention, where, graphs)
         self._scheduler = Scheduler(BlockPool(blocks), Limits(LONGEST, 256, 256))
         self._calls = 0
 
@@ -64,14 +70,29 @@ class Baton:
         sequences = [self._sequence(prompt, tokens) for prompt in prompts]
         for sequence in sequences:
             self._scheduler.submit(sequence)
-        while batch := self._scheduler.schedule():
-            for item, result in zip(batch, self._runner.run(batch), strict=True):
-                self._scheduler.advance(item)
-                if result.sampled is None:
-                    continue
-                item.sequence.append(result.sampled.token_id)
-                if item.sequence.output_len == tokens:
-                    self._scheduler.release(item.sequence)
+        batch: list[Scheduled] = []
+        step: Step | None = None
+        while (following := self._scheduler.schedule()) or step:
+            begun = None
+            if following:
+                begun = self._runner.begin(following) if step is None else step.then(following)
+            if step is not None:
+                self._end(batch, step, tokens)
+            batch, step = following, begun
+            if step is not None:
+                step.sample()
+                if not self._overlap:
+                    self._end(batch, step, tokens)
+                    step = None
+
+    def _end(self, batch: list[Scheduled], step: Step, tokens: int) -> None:
+        for item, result in zip(batch, step.results(), strict=True):
+            self._scheduler.advance(item)
+            if result.sampled is None:
+                continue
+            item.sequence.append(result.sampled.token_id)
+            if item.sequence.output_len == tokens:
+                self._scheduler.release(item.sequence)
 
     def _sequence(self, prompt: list[int], tokens: int) -> Sequence:
         from baton.engine.sequence import Sequence
