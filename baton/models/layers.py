@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from baton.kernels import fused
 from baton.models import native
 
 MIN_ROWS = 4
@@ -120,8 +121,25 @@ def added(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def added_and_normed(
+    x: torch.Tensor, y: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + y, norm(x + y)), [rows, size] each. May use the memory of x for the sum."""
+    if isinstance(norm, RmsNorm | OffsetRmsNorm):
+        compiled = norm.native
+        by_gpu = fused.add_norm(x, y, compiled.weight, compiled.eps, round_first=compiled.round_first)
+        if by_gpu is not None:
+            return by_gpu
+    total = added(x, y)
+    return total, norm(total)
+
+
 def gated(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
     """activation(gate) * up [rows, size] of [rows, 2 * size], gate and up side by side."""
+    if activation in NATIVE_ACTIVATIONS:
+        by_gpu = fused.gate(gate_up, gelu=activation is gelu_tanh)
+        if by_gpu is not None:
+            return by_gpu
     kernel = native.kernel("gate", gate_up)
     if kernel is None or activation not in NATIVE_ACTIVATIONS or not gate_up.is_contiguous():
         gate, up = gate_up.chunk(2, dim=-1)
@@ -152,6 +170,9 @@ def _normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _native_norm(x: torch.Tensor, norm: NativeNorm) -> torch.Tensor | None:
     """The compiled norm over the last axis of [rows, size] or [rows, groups, size]; None without one."""
+    by_gpu = fused.norm(x, norm.weight, norm.eps, round_first=norm.round_first)
+    if by_gpu is not None:
+        return by_gpu
     kernel = native.kernel("norm", x)
     if kernel is None or x.stride(-1) != 1:
         return None

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from baton.kernels import fused
 from baton.models import native
 from baton.models.rope_config import RopeConfig
 
@@ -36,6 +37,8 @@ def rotate(heads: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torc
     """
     cos, sin = turn
     half = cos.shape[-1]
+    if fused.rotate(heads, cos, sin):
+        return heads
     kernel = native.kernel("rotate", heads)
     if kernel is not None and heads.stride()[1:] == (heads.shape[2], 1):
         kernel(

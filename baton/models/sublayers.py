@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from baton.attention.base import AttentionBackend, AttentionSpec
-from baton.models.layers import Activation, Linear, added, gated
+from baton.models.layers import Activation, Linear, added, added_and_normed, gated
 from baton.models.rope import Rotary, rotate
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
@@ -70,8 +70,8 @@ class Layer:
         attended = self.attention(self.attention_norm(x), turn, attention, layer)
         if self.after_attention_norm is not None:
             attended = self.after_attention_norm(attended)
-        x = added(x, attended)
-        mixed = self.mlp(self.mlp_norm(x))
+        x, normed = added_and_normed(x, attended, self.mlp_norm)
+        mixed = self.mlp(normed)
         if self.after_mlp_norm is not None:
             mixed = self.after_mlp_norm(mixed)
         return added(x, mixed)
