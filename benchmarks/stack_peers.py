@@ -62,8 +62,8 @@ class VllmInstall:
 
 @dataclass(frozen=True)
 class VllmStack:
-    """Where a stack is reached, and its processes. They stand still between measurements: disaggregated workers
-    of vLLM poll without a pause when idle, at the others' expense."""
+    """Where a stack is reached, and its processes. They stand still between turns: with a KV connector,
+    vLLM's workers poll without a pause when idle, at the others' expense."""
 
     url: str
     processes: Sequence[psutil.Process]
