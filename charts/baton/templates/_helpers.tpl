@@ -72,11 +72,11 @@ labels:
 
 {{/* What every process is told. */}}
 {{- define "baton.commonSettings" -}}
-{{- include "baton.settings" .Values.kvstore.config }}
 - name: BATON_METRICS_PORT
   value: "9090"
 - name: BATON_LOG_LEVEL
   value: {{ .Values.logLevel }}
+{{- include "baton.settings" .Values.kvstore.config }}
 {{- end }}
 
 {{- define "baton.modelSettings" -}}
@@ -94,7 +94,7 @@ labels:
 
 {{/* Where and as whom a pod runs: dict "root" $ "values" .Values.router. */}}
 {{- define "baton.podSpec" -}}
-{{- $values := .values }}
+{{- $values := .values -}}
 serviceAccountName: {{ include "baton.serviceAccountName" .root }}
 automountServiceAccountToken: false
 {{- /* Else Kubernetes adds BATON_... variables, one for each Service, that are no settings. */}}
@@ -129,8 +129,10 @@ securityContext:
 
 {{/* Labels and annotations of pods: dict "root" $ "component" "router" "values" .Values.router. */}}
 {{- define "baton.podMetadata" -}}
+{{- /* No versions here: a new chart alone is no reason to load models anew. */ -}}
 labels:
-  {{- include "baton.labels" . | nindent 2 }}
+  {{- include "baton.selectorLabels" . | nindent 2 }}
+  app.kubernetes.io/part-of: baton
   {{- with .values.podLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -150,7 +152,7 @@ annotations:
 
 {{/* Replicas, unless something else sets them. */}}
 {{- define "baton.replicas" -}}
-{{- if not (or .hpa.enabled .keda.enabled) }}
+{{- if not (or .hpa.enabled .keda.enabled) -}}
 replicas: {{ .replicas }}
 {{- end }}
 {{- end }}

@@ -10,7 +10,9 @@ kind: Deployment
 metadata:
   {{- include "baton.metadata" . | nindent 2 }}
 spec:
-  {{- include "baton.replicas" $values | nindent 2 }}
+  {{- with include "baton.replicas" $values | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- with $values.updateStrategy }}
   strategy:
     {{- toYaml . | nindent 4 }}
@@ -27,7 +29,9 @@ spec:
       {{- include "baton.podSpec" . | nindent 6 }}
       {{- /* SIGTERM is the drain: the worker leaves the registry's choice at once and finishes what it has. */}}
       terminationGracePeriodSeconds: {{ add (ceil ($values.config.drainTimeoutS | default 30)) 30 }}
-      {{- include "baton.modelFetch" (dict "root" $root "image" $image) | nindent 6 }}
+      {{- with include "baton.modelFetch" (dict "root" $root "image" $image) | trim }}
+      {{- . | nindent 6 }}
+      {{- end }}
       containers:
         - name: {{ .component }}
           image: {{ $image }}
@@ -52,7 +56,9 @@ spec:
                 fieldRef: {fieldPath: status.podIP}
             - name: BATON_WORKER_PORT
               value: "50053"
-            {{- include "baton.settings" $values.config | nindent 12 }}
+            {{- with include "baton.settings" $values.config | trim }}
+            {{- . | nindent 12 }}
+            {{- end }}
             {{- if $rdma.enabled }}
             {{- with $rdma.netDevices }}
             - name: UCX_NET_DEVICES
@@ -100,7 +106,9 @@ spec:
           volumeMounts:
             - {name: tmp, mountPath: /tmp}
             - {name: shm, mountPath: /dev/shm}
-            {{- include "baton.modelMount" $root | nindent 12 }}
+            {{- with include "baton.modelMount" $root | trim }}
+            {{- . | nindent 12 }}
+            {{- end }}
             {{- with $values.extraVolumeMounts }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
@@ -109,7 +117,9 @@ spec:
           emptyDir: {}
         - name: shm
           emptyDir: {medium: Memory, sizeLimit: {{ $root.Values.shm.size }}}
-        {{- include "baton.modelVolume" (dict "root" $root "cache" (include "baton.modelCacheClaim" $root)) | nindent 8 }}
+        {{- with include "baton.modelVolume" (dict "root" $root "cache" (include "baton.modelCacheClaim" $root)) | trim }}
+        {{- . | nindent 8 }}
+        {{- end }}
         {{- with $values.extraVolumes }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
