@@ -54,14 +54,16 @@ def draw(
     if any(s.min_p > 0 for s in samplings):
         floor = likely.amax(-1, keepdim=True) * column([s.min_p for s in samplings])
         likely = likely.masked_fill(likely < floor, 0.0)
-    weights = (likely * _ONE).long()
-    counts = [s.top_k if 0 < s.top_k < vocab else vocab for s in samplings]
-    order = _ordered(logits)
-    if min(counts) < vocab:
-        weights = _keep_most_likely(weights, order, counts, device)
-    if any(s.top_p < 1 for s in samplings):
-        # A share of 1 is everything, so more than that is never reached.
-        weights = _keep_share(weights, order, column([s.top_p if s.top_p < 1 else 2.0 for s in samplings]))
+    weights = likely.mul_(_ONE).long()
+    if any(0 < s.top_k < vocab or s.top_p < 1 for s in samplings):
+        order = _ordered(logits)
+        counts = [s.top_k if 0 < s.top_k < vocab else vocab for s in samplings]
+        if min(counts) < vocab:
+            weights = _keep_most_likely(weights, order, counts, device)
+        if any(s.top_p < 1 for s in samplings):
+            # A share of 1 is everything, so more than that is never reached.
+            shares = [s.top_p if s.top_p < 1 else 2.0 for s in samplings]
+            weights = _keep_share(weights, order, column(shares))
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     target = torch.minimum((column(uniforms) * total.double()).long(), total - 1)
