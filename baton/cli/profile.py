@@ -52,8 +52,9 @@ def _measure(settings: Settings) -> Profile:
 
     from baton.engine.curves import measure_decode, measure_prefill
     from baton.worker.host import DECODE_SIZES, PREFILL_SIZES, load
+    from baton.worker.startup import Startup
 
-    loaded = load(settings)
+    loaded = load(settings, Startup())
     block_size = loaded.attention.cache.layout.block_size
     pool, longest = loaded.scheduler.pool, loaded.model.config.max_model_len - 1
     prompts = [size for size in PREFILL_SIZES if size < longest] + [longest]

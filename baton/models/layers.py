@@ -45,7 +45,7 @@ class Linear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._packed = _packs(weight)
+        self._packed = packs(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self._packed else weight
         self._bias = bias
         self._on_cpu = weight.device.type == "cpu"
@@ -65,6 +65,17 @@ class Linear:
             else F.linear(x, self._weight, self._bias)
         )
         return y[:rows]
+
+
+def packs(weight: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies by `weight` on this machine."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return weight.dtype == torch.float32
 
 
 @dataclass(frozen=True)
@@ -194,28 +205,36 @@ def _native_norm(x: torch.Tensor, norm: NativeNorm) -> torch.Tensor | None:
     return y
 
 
-#: How many inputs oneDNN adds up apart, by (dtype, out, in, has bias); None where no guess was right.
+#: Of `_chunk`, by (dtype, out, in, has bias); None where the kernel and oneDNN do not agree.
 _CHUNKS: dict[tuple[torch.dtype, int, int, bool], int | None] = {}
 
 
 def _panels(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> Panels | None:
     """Of `packed`, which oneDNN made of `weight` [out, in]; None unless a trial finds all bits of a product
     equal to oneDNN's, which computes those of many rows."""
-    if native.kernel("linear", weight) is None or not _is_in_panels(weight, packed):
+    if native.kernel("linear", weight) is None:
         return None
     outputs, inputs = weight.shape
     addresses = torch.ops.mkldnn.data_ptr(packed), None if bias is None else bias.data_ptr()
     shape = (weight.dtype, outputs, inputs, bias is not None)
     if shape not in _CHUNKS:
-        x = torch.rand(67, inputs, generator=torch.Generator().manual_seed(0)).to(weight.dtype) - 0.5
-        expected = _packed_product(x, packed, bias)
-        guesses = (512, 1024, inputs, 256, 2048, 128)
-        trials = ((guess, Panels(*addresses, inputs, outputs, guess)) for guess in guesses)
-        _CHUNKS[shape] = next(
-            (guess for guess, trial in trials if torch.equal(_panel_product(x, trial), expected)), None
-        )
+        _CHUNKS[shape] = _chunk(weight, packed, bias)
     chunk = _CHUNKS[shape]
     return None if chunk is None else Panels(*addresses, inputs, outputs, chunk)
+
+
+def _chunk(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> int | None:
+    """How many inputs oneDNN adds up apart in products with `packed`."""
+    if not _is_in_panels(weight, packed):
+        return None
+    inputs = weight.shape[1]
+    x = torch.rand(67, inputs, generator=torch.Generator().manual_seed(0)).to(weight.dtype) - 0.5
+    expected = _packed_product(x, packed, bias)
+    addresses = torch.ops.mkldnn.data_ptr(packed), None if bias is None else bias.data_ptr()
+    for guess in (512, 1024, inputs, 256, 2048, 128):
+        if torch.equal(_panel_product(x, Panels(*addresses, inputs, weight.shape[0], guess)), expected):
+            return guess
+    return None
 
 
 def _panel_product(x: torch.Tensor, panels: Panels) -> torch.Tensor:
@@ -257,14 +276,3 @@ def _is_in_panels(weight: torch.Tensor, packed: torch.Tensor) -> bool:
         torch.equal(panel, rows.view(native.PANEL, -1, pair).transpose(0, 1))
         for panel, rows in ((panels[0], first), (panels[-1], last))
     )
-
-
-def _packs(weight: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies by `weight` on this machine."""
-    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if weight.dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return weight.dtype == torch.float32

@@ -30,8 +30,15 @@ _FAMILIES: Mapping[str, Callable[[Parts, str], Decoder]] = {
 }
 
 
-def load_model(path: Path, device: str, dtype: Dtype = "auto", max_model_len: int = 0) -> Model:
-    """Load the folder `path`. `dtype` auto is float32 on cpu and the checkpoint's elsewhere.
+def load_model(
+    path: Path,
+    device: str,
+    dtype: Dtype = "auto",
+    max_model_len: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Model:
+    """Load the folder `path`. `dtype` auto is float32 on cpu and the checkpoint's elsewhere. `report` is
+    called with the layers that are loaded and of how many.
 
     Raises:
         UnsupportedModel: it cannot be served; one sentence says what stands in the way.
@@ -42,7 +49,7 @@ def load_model(path: Path, device: str, dtype: Dtype = "auto", max_model_len: in
     usual = "float32" if device == "cpu" else config.dtype
     chosen = usual if dtype == "auto" else dtype
     weights = Weights(path, torch.device(device), getattr(torch, chosen))
-    return _FAMILIES[config.architecture](Parts(config, weights), _fingerprint(config, weights))
+    return _FAMILIES[config.architecture](Parts(config, weights, report), _fingerprint(config, weights))
 
 
 def _fingerprint(config: ModelConfig, weights: Weights) -> str:

@@ -10,7 +10,7 @@ from baton.attention.base import AttentionSpec
 from baton.errors import UnsupportedModel
 from baton.models.config import ModelConfig
 from baton.models.decoder import Decoder
-from baton.models.layers import ACTIVATIONS, Activation, Linear, OffsetRmsNorm, RmsNorm
+from baton.models.layers import ACTIVATIONS, Activation, Linear, OffsetRmsNorm, RmsNorm, packs
 from baton.models.rope import Rotary
 from baton.models.rope_config import read_rope
 from baton.models.sublayers import GatedMlp, Layer, Norm, SelfAttention
@@ -18,13 +18,13 @@ from baton.models.weights import Weights
 
 
 class Parts:
-    """Builds layers of one checkpoint.
+    """Builds layers of one checkpoint, and reports how many of them are built.
 
     Methods raise UnsupportedModel naming the tensor that is missing or misshapen.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: ModelConfig, weights: Weights, report: Callable[[int, int], None]) -> None:
+        self.config, self.weights, self._report = config, weights, report
         self.hidden = config.hidden_size
         self.eps = config.fields.number("rms_norm_eps")
 
@@ -32,16 +32,20 @@ class Parts:
         self, names: Sequence[str], rows: Sequence[int], columns: int, *, bias: bool = False
     ) -> Linear:
         """One product that yields the outputs of all `names` (without `.weight`) side by side."""
-        weight = [
-            self.weights.take(f"{name}.weight", count, columns)
+        parts = [
+            self.weights.borrow(f"{name}.weight", count, columns)
             for name, count in zip(names, rows, strict=True)
         ]
+        if len(parts) > 1:
+            weight = torch.cat(parts)
+        elif packs(parts[0]):
+            weight = parts[0]  # packing copies it
+        else:
+            weight = self.weights.take(f"{names[0]}.weight", rows[0], columns)
         biases = [
             self.weights.take(f"{name}.bias", count) for name, count in zip(names, rows, strict=True) if bias
         ]
-        return Linear(
-            weight[0] if len(weight) == 1 else torch.cat(weight), torch.cat(biases) if biases else None
-        )
+        return Linear(weight, torch.cat(biases) if biases else None)
 
     def norm(self, name: str, size: int | None = None) -> RmsNorm:
         return RmsNorm(self.weights.take(f"{name}.weight", size or self.hidden), self.eps)
@@ -121,10 +125,14 @@ class Parts:
             head = Linear(embedding)
         else:
             head = self.linear(["lm_head"], (config.vocab_size,), self.hidden)
+        layers = []
+        for number in range(config.layers):
+            layers.append(layer(number))
+            self._report(number + 1, config.layers)
         return Decoder(
             config,
             embedding=embedding,
-            layers=[layer(number) for number in range(config.layers)],
+            layers=layers,
             norm=norm or self.norm("model.norm"),
             head=head,
             fingerprint=fingerprint,

@@ -22,7 +22,8 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Weights:
-    """The tensors of one model folder by name, converted to `dtype` on `device` as they are taken.
+    """The tensors of one model folder by name, memory-mapped, converted to `dtype` on `device` as they are
+    taken.
 
     Raises (all methods): UnsupportedModel, in one sentence that names the file or the tensor.
     """
@@ -44,7 +45,13 @@ class Weights:
         return name in self._file_of
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor `name`, which must have `shape`."""
+        """The tensor `name`, which must have `shape`, in memory of its own: the file may change under a
+        mapping, and a model must not."""
+        tensor = self.borrow(name, *shape)
+        return tensor.clone() if tensor.device.type == "cpu" else tensor
+
+    def borrow(self, name: str, *shape: int) -> torch.Tensor:
+        """As `take`, but perhaps still in the file: for callers that copy it."""
         if name not in self._file_of:
             raise UnsupportedModel(f"{self.path} has no tensor {name}")
         tensor: torch.Tensor = self._open[self._file_of[name]].get_tensor(name)
@@ -56,8 +63,7 @@ class Weights:
         if tensor.dtype not in _FLOATING:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UnsupportedModel(f"{self.path}: tensor {name} has dtype {dtype}, which is not supported")
-        # A copy always: the file may change under a mapping, and a model must not.
-        return tensor.to(self.device, self.dtype, copy=True)
+        return tensor.to(self.device, self.dtype)
 
 
 def fingerprint(files: Sequence[Path], extra: bytes) -> str:

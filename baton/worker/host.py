@@ -51,6 +51,7 @@ from baton.worker.peers import Peers
 from baton.worker.pull import Puller
 from baton.worker.session import DecodeService
 from baton.worker.sizing import pool_blocks
+from baton.worker.startup import Startup
 from baton.worker.state import Dispatch, ServedModel, WorkerState
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Loaded:
     tier_rates: dict[Tier, float]
 
 
-def load(settings: Settings) -> Loaded:
+def load(settings: Settings, startup: Startup) -> Loaded:
     """Load the model, allocate the pool and measure the step times. Takes seconds; blocks.
 
     Raises:
@@ -87,12 +88,14 @@ def load(settings: Settings) -> Loaded:
     torch.set_num_threads(chosen.threads or usable_cores())
     on_gpu = settings.model.device == "cuda"
     device = torch.device("cuda", settings.model.gpu) if on_gpu else torch.device("cpu")
-    model = load_model(
-        model_folder(settings.model.model),
-        str(device),
-        settings.model.dtype,
-        settings.model.max_model_len,
-    )
+    with startup.part("weights") as report:
+        model = load_model(
+            model_folder(settings.model.model),
+            str(device),
+            settings.model.dtype,
+            settings.model.max_model_len,
+            report,
+        )
     specs = model.attention_specs
     block_size = chosen.block_size or preferred_block_size(device, model.dtype, specs, chosen.attention)
     longest_blocks = -(-model.config.max_model_len // block_size)
@@ -103,13 +106,15 @@ def load(settings: Settings) -> Loaded:
     pool = BlockPool(blocks)
     graphs = None
     if on_gpu and chosen.cuda_graphs:
-        graphs = DecodeGraphs.record(model, attention, device_of(device), chosen.max_batch_requests)
+        with startup.part("graphs"):
+            graphs = DecodeGraphs.record(model, attention, device_of(device), chosen.max_batch_requests)
     runner = Runner(model, attention, device, graphs)
     longest = min(chosen.max_batch_tokens or PREFILL_SIZES[-1], model.config.max_model_len - 1)
-    prefill = measure_prefill(runner, pool, block_size, [s for s in PREFILL_SIZES if s < longest] + [longest])
-    decode = measure_decode(
-        runner, pool, block_size, [s for s in DECODE_SIZES if s <= chosen.max_batch_requests]
-    )
+    prompts = [size for size in PREFILL_SIZES if size < longest] + [longest]
+    batches = [size for size in DECODE_SIZES if size <= chosen.max_batch_requests]
+    with startup.part("step times"):
+        prefill = measure_prefill(runner, pool, block_size, prompts)
+        decode = measure_decode(runner, pool, block_size, batches)
     tokens = chosen.max_batch_tokens or max(knee(prefill), chosen.max_batch_requests)
     limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
     pace = Pace(chosen.itl_target_s, _curve(prefill), _curve(decode))
@@ -154,12 +159,14 @@ async def run_worker(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loaded = await asyncio.to_thread(load, settings)
+    startup = Startup()
+    loaded = await asyncio.to_thread(load, settings, startup)
     if stop.is_set():
         return
     async with AsyncExitStack() as stack:
-        worker = await Worker.assemble(settings, loaded, stop, stack)
-        await worker.serve(stop)
+        with startup.part("transfer and sockets"):
+            worker = await Worker.assemble(settings, loaded, stop, stack)
+        await worker.serve(stop, startup)
         if worker.failure is not None:
             raise BatonError(f"the engine died: {worker.failure!r}") from worker.failure
 
@@ -263,7 +270,7 @@ class Worker:
         description.role = ROLE_NUMBERS[self._state.role]
         self._membership.change(worker=description, draining=self._state.draining)
 
-    async def serve(self, stop: asyncio.Event) -> None:
+    async def serve(self, stop: asyncio.Event, startup: Startup) -> None:
         """Stay in the cluster until `stop`, then drain and leave."""
         state, chosen = self._state, self._settings.worker
         kvstore = self._settings.kvstore
@@ -290,6 +297,7 @@ class Worker:
                 state.attention_backend,
                 state.transfer.describe().transport,
             )
+            log.info("started in %s", startup.summary())
             await stop.wait()
             if self.failure is None:
                 unfinished = await drain(state, self.announce, chosen.drain_timeout_s)
