@@ -83,6 +83,18 @@ class Gatherer(Collector):
         super().outputs(outputs)
 
 
+def one(key: int, prompt: list[int], sampling: Sampling) -> Choice:
+    return Choice(
+        key=key,
+        request_id="",
+        tokens=list(prompt),
+        prompt_len=len(prompt),
+        sampling=sampling,
+        root=bytes(16),
+        block_size=BLOCK,
+    )
+
+
 def answers(
     model: Model, attention: AttentionBackend, graphs: DecodeGraphs | None, overlap: bool
 ) -> dict[int, list[object]]:
@@ -93,17 +105,7 @@ def answers(
     engine = Engine(Scheduler(pool, Limits(24, 6, 100)), runner, gatherer, stop, overlap=overlap)
     for key, sampling in enumerate(REQUESTS):
         prompt = [(key * 31 + at * at) % 4000 + 3 for at in range(5 + 9 * key)]
-        engine.submit(
-            Choice(
-                key=key,
-                request_id="",
-                tokens=prompt,
-                prompt_len=len(prompt),
-                sampling=sampling,
-                root=bytes(16),
-                block_size=BLOCK,
-            )
-        )
+        engine.submit(one(key, prompt, sampling))
     engine.start()
     try:
         gatherer.wait(lambda: len(gatherer.finished) == len(REQUESTS))
@@ -189,3 +191,18 @@ def test_the_ladder_of_batch_sizes() -> None:
     assert ladder(5) == [1, 2, 4, 5]
     assert ladder(32) == [1, 2, 4, 8, 16, 24, 32]
     assert ladder(33)[-2:] == [32, 33]
+
+
+def test_nothing_is_preempted_before_the_running_step_ends() -> None:
+    scheduler = Scheduler(BlockPool(4), Limits(64, 8, 100))
+    for key in range(2):
+        scheduler.submit(one(key, [key] * 2 * BLOCK, Sampling(max_tokens=BLOCK)))
+    step = scheduler.schedule()
+    assert len(step) == 2
+    assert scheduler.schedule() == []  # either would need a block more
+    for item in step:
+        scheduler.advance(item)
+        item.sequence.append(1)
+    assert scheduler.preemptions == 0
+    assert len(scheduler.schedule()) == 1
+    assert scheduler.preemptions == 1
