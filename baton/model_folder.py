@@ -6,9 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from baton.errors import UnsupportedModel
 
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -36,6 +33,14 @@ def model_folder(model: str, patterns: Sequence[str] = PATTERNS) -> Path:
         return folder.resolve()
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UnsupportedModel(f"--model {model}: there is no such folder")
+    return _download(model, patterns)
+
+
+def _download(model: str, patterns: Sequence[str]) -> Path:
+    # Here, not above: it takes a process half a second to import, and most have a folder.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
