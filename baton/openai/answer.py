@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -69,8 +69,7 @@ class Usage:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A delta as a front sends it on: with what only a choice's first piece has.
 
     `prompt_logprobs` has one entry per prompt token after the first.
@@ -100,6 +99,20 @@ def join(pieces: Sequence[Piece]) -> Piece:
 def event(content: object) -> bytes:
     """One server-sent event."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+class TextEvent:
+    """Events that differ in one text, which is all that is encoded for each: most of a stream is such."""
+
+    # Encoded, it looks like nothing else in an event.
+    PLACE = "\0"
+
+    def __init__(self, content: object) -> None:
+        """`content` has `PLACE` where the text goes, once."""
+        self._before, self._after = event(content).split(orjson.dumps(self.PLACE))
+
+    def with_text(self, text: str) -> bytes:
+        return b"%b%b%b" % (self._before, orjson.dumps(text), self._after)
 
 
 def error_shape(error: BatonError) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from baton.openai.answer import Head, Piece, Usage, event, join
+from baton.openai.answer import Head, Piece, TextEvent, Usage, event, join
 from baton.openai.logprobs import LogprobShapes
 from baton.openai.schema import ChatRequest
+from baton.text.output import Delta
 
 
 class ChatShapes:
@@ -20,13 +21,15 @@ class ChatShapes:
         self._prompt_token_ids = prompt_token_ids
         self._head = head
         self._names = names
+        self._only_text = not request.logprobs and not request.return_token_ids
+        self._text_events: dict[int, TextEvent] = {}
 
     def chunk(self, index: int, piece: Piece, usage: Usage | None) -> bytes:
         """The events for one piece of choice `index`; `usage` where every chunk carries it."""
-        delta = piece.delta
-        choice = self._choice(index, piece)
-        choice["delta"] = {"content": delta.text}
-        content = self._head.object("chat.completion.chunk", [choice])
+        in_the_middle = not piece.first and piece.delta.finish_reason is None
+        if in_the_middle and self._only_text and usage is None:
+            return self._text_event(index).with_text(piece.delta.text)
+        content = self._content(index, piece)
         if usage is not None:
             content["usage"] = usage.shape()
         if not piece.first:
@@ -41,6 +44,18 @@ class ChatShapes:
         if self._request.return_token_ids:
             start["prompt_token_ids"] = list(self._prompt_token_ids)
         return event(start) + event(content)
+
+    def _content(self, index: int, piece: Piece) -> dict[str, Any]:
+        choice = self._choice(index, piece)
+        choice["delta"] = {"content": piece.delta.text}
+        return self._head.object("chat.completion.chunk", [choice])
+
+    def _text_event(self, index: int) -> TextEvent:
+        events = self._text_events.get(index)
+        if events is None:
+            piece = Piece(Delta(TextEvent.PLACE, ()), first=False)
+            events = self._text_events[index] = TextEvent(self._content(index, piece))
+        return events
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return event({**self._head.object("chat.completion.chunk", []), "usage": usage.shape()})

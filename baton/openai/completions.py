@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from baton.openai.answer import Head, Piece, Usage, event, join
+from baton.openai.answer import Head, Piece, TextEvent, Usage, event, join
 from baton.openai.logprobs import LogprobShapes
 from baton.openai.schema import CompletionRequest
 from baton.rpc.v1 import inference_pb2
+from baton.text.output import Delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,27 @@ class CompletionShapes:
         self._names = names
         self._per_prompt = request.n or 1
         self._offsets = [0] * (len(prompts) * self._per_prompt)
+        self._only_text = (
+            request.logprobs is None and not request.return_token_ids and request.prompt_logprobs is None
+        )
+        self._text_events: dict[int, TextEvent] = {}
 
     def chunk(self, index: int, piece: Piece, usage: Usage | None) -> bytes:
         """The event for one piece of choice `index`; `usage` where every chunk carries it."""
+        in_the_middle = not piece.first and piece.delta.finish_reason is None
+        if in_the_middle and self._only_text and usage is None:
+            return self._text_event(index).with_text(piece.delta.text)
         content = self._head.object("text_completion", [self._choice(index, piece)])
         if usage is not None:
             content["usage"] = usage.shape()
         return event(content)
+
+    def _text_event(self, index: int) -> TextEvent:
+        events = self._text_events.get(index)
+        if events is None:
+            choice = self._choice(index, Piece(Delta(TextEvent.PLACE, ()), first=False))
+            events = self._text_events[index] = TextEvent(self._head.object("text_completion", [choice]))
+        return events
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return event({**self._head.object("text_completion", []), "usage": usage.shape()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from baton.rpc.v1 import inference_pb2
 from baton.sampling import FinishReason
@@ -13,8 +13,7 @@ from baton.text.stops import StopMatcher
 _Logprobs = Sequence[inference_pb2.PositionLogprobs]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What a choice gained in one step.
 
     `logprobs` has one entry per token id, or none. The text may lag behind the tokens: it is whole
@@ -60,14 +59,17 @@ class ChoiceText:
         shown = len(token_ids)
         if finish_reason is FinishReason.STOP and not self._include_stop:
             shown -= 1
-        pieces = []
         push_token = self._detokenizer.push
+        if self._matcher is None:
+            self.tokens += len(token_ids)
+            text = "".join([push_token(token_id) for token_id in token_ids[:shown]])
+            if finish_reason is None:
+                return Delta(text, token_ids, logprobs)
+            return self._finish(text, token_ids, logprobs, finish_reason, stop_token_id)
+        pieces = []
         for at, token_id in enumerate(token_ids):
             self.tokens += 1
             piece = push_token(token_id) if at < shown else ""
-            if self._matcher is None:
-                pieces.append(piece)
-                continue
             if self.tokens < self._min_tokens:
                 pieces.append(piece)
                 continue
@@ -95,5 +97,5 @@ class ChoiceText:
         # The last incomplete character may still complete a stop string.
         rest, stop = self._matcher.push(rest)
         if stop is not None:
-            return replace(ended, text=text + rest, finish_reason=FinishReason.STOP, stop_reason=stop)
-        return replace(ended, text=text + rest + self._matcher.flush())
+            return ended._replace(text=text + rest, finish_reason=FinishReason.STOP, stop_reason=stop)
+        return ended._replace(text=text + rest + self._matcher.flush())
