@@ -58,6 +58,7 @@ class RouteExplainer:
             "session": request.session or None,
             "session_worker": request.session_worker,
             "held_blocks": dict(request.held),
+            "backed_off": sorted(self._frontend.placer.suspects.avoided()),
             "waiting": self._frontend.door.waiting(),
             "candidates": [
                 {"chosen": at == 0, **_candidate(candidate, request)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import uuid
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -56,6 +56,20 @@ class BodyTooSlow(InvalidRequest):
     http_status = 408
 
 
+class Connection:
+    """Whether the client is still there. An exchange that must know at once sets `on_lost`."""
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.on_lost: Callable[[], None] | None = None
+
+    def lose(self) -> None:
+        """The client has closed its connection."""
+        self.lost = True
+        if self.on_lost is not None:
+            self.on_lost()
+
+
 class Exchange:
     """One request and its response, of which exactly one is written."""
 
@@ -65,10 +79,11 @@ class Exchange:
         self.query: str = scope["query_string"].decode("latin-1")
         # Of a header given twice the first counts.
         self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        self._connection: Connection = scope["state"]["connection"]
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
-        self.request_id = _usable(self.header("x-request-id")) or uuid.uuid4().hex
+        self.request_id = _usable(self.header("x-request-id")) or os.urandom(16).hex()
         self.started = False
 
     def header(self, name: str) -> str:
@@ -131,27 +146,25 @@ class Exchange:
             ClientGone: the client left.
             DeadlineExceeded: the time is over.
         """
-        watcher: asyncio.Task[None] | None = None
-        gone = False
+        connection = self._connection
+        if connection.lost:
+            raise ClientGone
         try:
             async with asyncio.timeout(limit_s) as scope:
 
-                async def watch() -> None:
-                    nonlocal gone
-                    while (await self._receive())["type"] != "http.disconnect":
-                        pass
-                    gone = True
-                    scope.reschedule(asyncio.get_running_loop().time())
+                def give_up() -> None:
+                    if not scope.expired():
+                        scope.reschedule(0.0)
 
-                watcher = asyncio.create_task(watch())
+                connection.on_lost = give_up
                 try:
                     yield
                 finally:
-                    watcher.cancel()
+                    connection.on_lost = None
         except TimeoutError:
             if not scope.expired():
                 raise
-            if gone:
+            if connection.lost:
                 raise ClientGone from None
             raise DeadlineExceeded(
                 f"the answer was not complete after {limit_s:g} s (--request-timeout-s, x-baton-timeout-s)"

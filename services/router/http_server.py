@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from baton.config import BadSetting
 from baton.errors import InvalidRequest
 from baton.openai.answer import error_shape
+from services.router.http import Connection
 
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
@@ -52,12 +53,21 @@ class _Protocol(HttpToolsProtocol):
     """uvicorn's, with errors in OpenAI's shape and no patience for connections that never speak."""
 
     def connection_made(self, transport: Any) -> None:
+        self._connection = Connection()
         super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
         # Else every second small write waits for an acknowledgement; the loops set it on some sockets only.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["connection"] = self._connection
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._connection.lose()
 
     def send_400_response(self, msg: str) -> None:
         body = orjson.dumps(error_shape(InvalidRequest(f"not HTTP: {msg}")))

@@ -38,6 +38,8 @@ _KINDS = {
     worker_pb2.PrefillReport.CACHED: "cached",
 }
 _Error = worker_pb2.RequestError
+# What ends placements on a worker that cannot be reached or read from.
+_BREAKS = frozenset({"handoff_failed", "session_broken"})
 
 
 class PlacementFailed(Exception):
@@ -121,6 +123,8 @@ class Lifecycle:
                 return
             except PlacementFailed as failure:
                 log.warning("request %s: %s", generation.request_id, failure)
+                if failure.reason in _BREAKS and self._placer.suspects.broke(failure.avoid):
+                    self._metrics.backed_off(failure.reason)
                 if left == 0:
                     raise failure.final from failure
                 self._metrics.replaced(failure.reason)
@@ -172,6 +176,7 @@ class _Choice:
             include_stop=generation.include_stop,
             min_tokens=generation.sampling.min_tokens,
         )
+        self._wants_logprobs = generation.sampling.logprobs is not None
         self.output: list[int] = []
         self._placed: Placed | None = None
         self._prompt_logprobs: list[inference_pb2.PositionLogprobs] = []
@@ -210,6 +215,7 @@ class _Choice:
         """
         pieces: list[Piece] = []
         failure: Exception | None = None
+        now_s = time.monotonic()
         for output in outputs:
             failure = _failed(output, hold.placement)
             if failure is not None:
@@ -217,7 +223,7 @@ class _Choice:
             if output.HasField("prefill"):
                 hold.release()
                 self._note_prefill(output.prefill, hold)
-            piece = self._take(output, hold.placement)
+            piece = self._take(output, hold.placement, now_s)
             if piece is not None:
                 pieces.append(piece)
                 if piece.delta.finish_reason is not None:
@@ -229,10 +235,10 @@ class _Choice:
             raise failure
         return bool(pieces) and pieces[-1].delta.finish_reason is not None
 
-    def _take(self, output: worker_pb2.RequestOutput, placement: Placement) -> Piece | None:
+    def _take(self, output: worker_pb2.RequestOutput, placement: Placement, now_s: float) -> Piece | None:
         """What one step's output adds, if anything. Runs once per token: keep it lean."""
-        finished = _FINISHED[output.finish_reason]
         tokens = output.token_ids[:]
+        finished = _FINISHED[output.finish_reason]
         first = not self.output
         if first:
             self._prompt_logprobs.extend(output.prompt_logprobs)
@@ -240,16 +246,13 @@ class _Choice:
                 self._note_placed("local", 0, placement)
         if not tokens and finished is None:
             return None
-        delta = self._text.push(
-            tokens,
-            output.logprobs,
-            finished,
-            output.stop_token_id if output.stopped_by_token_id else None,
-        )
+        stop_token_id = output.stop_token_id if finished and output.stopped_by_token_id else None
+        logprobs = output.logprobs if self._wants_logprobs else ()
+        delta = self._text.push(tokens, logprobs, finished, stop_token_id)
         self.output += tokens
-        self._observe(len(tokens), first)
+        self._observe(len(tokens), first, now_s)
         if delta.finish_reason is not None:
-            self._metrics.whole.observe(time.monotonic() - self._began_s)
+            self._metrics.whole.observe(now_s - self._began_s)
             self._metrics.finished(delta.finish_reason.value)
         return Piece(delta, first, self._prompt_logprobs if first else ())
 
@@ -274,8 +277,7 @@ class _Choice:
             self._queue_s,
         )
 
-    def _observe(self, tokens: int, first: bool) -> None:
-        now_s = time.monotonic()
+    def _observe(self, tokens: int, first: bool, now_s: float) -> None:
         if first:
             self._metrics.first_token.observe(now_s - self._began_s)
             self._metrics.prompt_tokens.inc(len(self._generation.prompt_token_ids))

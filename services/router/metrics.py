@@ -122,6 +122,15 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self._backoffs = Counter(
+            "baton_router_backoffs_total",
+            "Times that requests began to keep away from a worker, by how placements on it broke.",
+            ["reason"],
+            registry=registry,
+        )
+        self.workers_backed_off = Gauge(
+            "baton_router_workers_backed_off", "Workers that requests keep away from now.", registry=registry
+        )
         self._rejected = Counter(
             "baton_router_rejected_total", "Requests refused.", ["reason"], registry=registry
         )
@@ -135,6 +144,9 @@ class Metrics:
 
     def replaced(self, reason: str) -> None:
         self._replacements.labels(reason).inc()
+
+    def backed_off(self, reason: str) -> None:
+        self._backoffs.labels(reason).inc()
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()

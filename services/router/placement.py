@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from baton.kv.events import TierCounts
 from baton.kv.hashing import Chain
-from baton.routing import Candidate, ClusterView, Placement, Policy, Request, Role, WorkerView
+from baton.routing import Candidate, ClusterView, Placement, Policy, Request, Role, Unplaceable, WorkerView
 from baton.routing.admission import Pace
 from baton.routing.correction import Correction
 from baton.routing.cost import compute_s
@@ -15,6 +17,7 @@ from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
 from services.router.promises import Promise, Promises, Work
 from services.router.sessions import SessionPool
+from services.router.suspects import Suspects
 
 # The prompt length at which prefill speed is read off the workers' curves, in tokens.
 _PROMPT_TOKENS = 512
@@ -22,6 +25,8 @@ _PROMPT_TOKENS = 512
 _BATCH = 64
 # Conversations whose last decode worker is remembered.
 _CONVERSATIONS = 65_536
+
+Decision = TypeVar("Decision")
 
 
 class Hold:
@@ -52,6 +57,7 @@ class Placer:
         self._correction = Correction()
         self._promises = Promises(self._correction.apply, cluster.reservations)
         self._conversations: dict[str, str] = {}
+        self.suspects = Suspects()
 
     def place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
         """Choose workers for a request that has produced `output` so far, away from the workers in `avoid`.
@@ -60,8 +66,8 @@ class Placer:
             Unplaceable: no worker can take it now; says why.
         """
         known = self._reachable()
-        request = self._request(generation, output, avoid, known)
-        placement = self._policy.place(request, self._view(known))
+        request, view = self._request(generation, output, avoid, known), self._view(known)
+        placement = self._away_from_suspects(request, lambda asked: self._policy.place(asked, view))
         if request.session:
             self._remember(request.session, placement.decode.worker_id)
         return self._promise(placement, request)
@@ -73,8 +79,8 @@ class Placer:
             Unplaceable: no worker can take it now; says why.
         """
         known = self._reachable()
-        request = self._request(generation, (), frozenset(), known)
-        return request, self._policy.explain(request, self._view(known))
+        request, view = self._request(generation, (), frozenset(), known), self._view(known)
+        return request, self._away_from_suspects(request, lambda asked: self._policy.explain(asked, view))
 
     def check_ready(self) -> None:
         """
@@ -132,11 +138,24 @@ class Placer:
         measured_curve_s = predicted_s / worker.prefill_curve.scale
         self._correction.learn(worker.worker_id, measured_curve_s, report.prefill_s)
         self._promises.outdated(worker.worker_id)
+        self.suspects.worked(worker.worker_id)
+        self.suspects.worked(placement.decode.worker_id)
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone."""
         self._correction.forget(worker_id)
         self._promises.forget(worker_id)
+        self.suspects.worked(worker_id)
+
+    def _away_from_suspects(self, request: Request, decide: Callable[[Request], Decision]) -> Decision:
+        """What is decided for the request without the suspects, or with them where it cannot be."""
+        suspects = self.suspects.avoided()
+        if suspects:
+            try:
+                return decide(replace(request, avoid=request.avoid | suspects))
+            except Unplaceable:
+                pass
+        return decide(request)
 
     def _reachable(self) -> list[KnownWorker]:
         """Workers that can be used now: decode workers need a session."""

@@ -65,6 +65,7 @@ class Router:
             tenant_isolation=self._settings.tenant_isolation,
         )
         self.metrics.show_queues(self._door.waiting)
+        self.metrics.workers_backed_off.set_function(lambda: len(self._placer.suspects.avoided()))
         self.http_port = 0
         self.grpc_port = 0
         self.metrics_port = 0

@@ -82,6 +82,29 @@ async def test_a_failed_handoff_avoids_the_prefill_worker(
     assert "x-baton-prefill-worker" not in response.headers
 
 
+async def test_requests_keep_away_from_a_worker_whose_handoffs_break(
+    worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.router.suspects._FIRST_S", 60.0)
+    prefill = known("prefill-0", "127.0.0.1:9", Role.PREFILL)
+    worker.errors = [Kind(kind=Kind.HANDOFF_FAILED, message="gone")]
+    async with (
+        running_router(worker, prefill) as router,
+        httpx.AsyncClient(base_url=router.base_url, timeout=10) as client,
+    ):
+        for _ in range(3):
+            assert (await client.post(C, json=ASK)).json()["choices"][0]["text"] == ANSWER
+        assert [start.prefill_address for start in worker.starts] == ["127.0.0.1:9", "", "", ""]
+        page = (await client.get("/metrics")).text
+        assert 'baton_router_backoffs_total{reason="handoff_failed"} 1.0' in page
+        assert "baton_router_workers_backed_off 1.0" in page
+        explained = (await client.get("/debug/route", params={"prompt": "Hi"})).json()
+        assert explained["backed_off"] == ["prefill-0"]
+        assert [candidate["prefill"] for candidate in explained["candidates"]] == [None]
+        router.router.on_gone("prefill-0")
+        assert (await client.post(C, json=ASK)).headers["x-baton-prefill"] == "remote"
+
+
 async def test_the_answer_says_who_prefilled(both: tuple[httpx.AsyncClient, RunningRouter]) -> None:
     client, _ = both
     response = await client.post(C, json=ASK)
