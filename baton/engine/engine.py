@@ -190,6 +190,7 @@ class Engine:
             return Load(
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting) + len(scheduler.loading) + self._reservations.waiting,
+                reading=self._reservations.reading,
                 queued_tokens=scheduler.queued_tokens,
                 total_blocks=pool.total_blocks,
                 free_blocks=pool.available,

@@ -40,7 +40,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy the engine is; fields as in the WorkerLoad message."""
+    """How busy the engine is; fields as in the WorkerLoad message, which counts `reading`, the requests whose
+    KV is being read from a prefill worker, among those that wait."""
 
     running: int
     waiting: int
@@ -51,6 +52,7 @@ class Load:
     pinned_blocks: int
     host_blocks: int = 0
     disk_blocks: int = 0
+    reading: int = 0
 
 
 class StepResult(Protocol):

@@ -52,6 +52,11 @@ class Reservations:
         """Reservations whose blocks are not there yet."""
         return len(self._asking)
 
+    @property
+    def reading(self) -> int:
+        """Reservations that wait for no blocks: their handoffs are under way."""
+        return len(self._reservations) - len(self._asking)
+
     # ---- for handoffs that are read -----------------------------------------------------------
 
     def pin_prefix(self, chain: Sequence[bytes]) -> Reservation:

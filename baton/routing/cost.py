@@ -20,6 +20,8 @@ HANDOFF_S = 0.001
 _SOURCES = 3
 """Workers considered to pull from: those that hold the most. Those that hold less save less."""
 
+_PAUSE = 4.0
+
 _FORESEEN_STEPS = 64
 """Decode steps over which a request's weight on its batch is counted: outputs end unannounced, so
 counting up to max_tokens would let a hypothetical future outweigh the queue that is there now."""
@@ -149,6 +151,15 @@ def block_s(worker: WorkerView, request: Request) -> float:
 def interference_s(worker: WorkerView, prefill: PrefillCost) -> float:
     """Request-seconds that requests decoding on the worker lose to a prefill there."""
     return worker.running * prefill.compute_s
+
+
+def breach_s(worker: WorkerView, prefill: PrefillCost) -> float:
+    """What it weighs that a decode worker, to which others bring prompts, breaks off to prefill.
+
+    A pause in the middle of answers is noticed more than the same wait before one, so it counts `_PAUSE`
+    times; also for the requests whose prompts are being prefilled elsewhere and that come meanwhile.
+    """
+    return _PAUSE * (worker.running + worker.waiting) * prefill.compute_s
 
 
 def transfer_s(decode: WorkerView, prefill: WorkerView, request: Request) -> float:

@@ -213,7 +213,7 @@ class SimWorker:
         return LoadReport(
             self._clock.now_s,
             len(scheduler.running),
-            len(scheduler.waiting) + self.reservations.waiting,
+            len(scheduler.waiting) + self.reservations.waiting + self.reservations.reading,
             scheduler.queued_tokens,
             self.pool.available,
             self.pool.cached,

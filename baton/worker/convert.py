@@ -165,7 +165,7 @@ def _local_kind(output: Output) -> worker_pb2.PrefillReport.Kind.ValueType:
 def load_to(load: Load, block_bytes: int) -> worker_pb2.WorkerLoad:
     return worker_pb2.WorkerLoad(
         running=load.running,
-        waiting=load.waiting,
+        waiting=load.waiting + load.reading,
         queued_tokens=load.queued_tokens,
         total_blocks=load.total_blocks,
         free_blocks=load.free_blocks,

@@ -454,3 +454,11 @@ def test_pinning_brings_up_what_lies_below(overlap) -> None:
         running.engine.unpin(pinned)
         tiers.threads.shutdown()
     assert running.pool.pinned == 0
+
+
+def test_a_request_whose_handoff_is_under_way_is_part_of_the_load(overlap) -> None:
+    with Running(blocks=8, overlap=overlap) as running:
+        reservation = running.engine.pin_prefix([])
+        assert running.engine.load().reading == 1
+        running.engine.drop(reservation)
+        assert running.engine.load().reading == 0

@@ -81,6 +81,12 @@ class TestPrefix:
         placement = place(prompt(600), prefiller(queued_tokens=2000), decoder(running=16))
         assert placement.prefill is not None
 
+    @pytest.mark.parametrize("there", [{"running": 1}, {"waiting": 1}], ids=["decoding", "on its way"])
+    def test_one_answer_is_reason_enough_to_wait_for_the_prefill_worker(self, there: dict[str, int]) -> None:
+        busy = prefiller(queued_tokens=1200, waiting=2)
+        assert place(prompt(600), busy, decoder()).prefill is None
+        assert place(prompt(600), busy, decoder(**there)).prefill is not None
+
     def test_the_prefill_worker_that_holds_the_prefix_gets_the_prompt(self) -> None:
         placement = place(prompt(2000, held={"p1": 100}), prefiller("p0"), prefiller("p1"), decoder())
         assert placement.prefill is not None
