@@ -76,11 +76,12 @@ class HostDevice(Device):
 
 class CudaDevice(Device):
     """An NVIDIA GPU. Host memory is pinned, because copies from other memory wait for the device; torch
-    keeps it until they are done. Graphs share one pool of memory."""
+    keeps it until they are done. Graphs share one pool of memory, so they are recorded on one stream."""
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
         self._pool: Any = None  # torch does not name the type of its handle
+        self._side: torch.cuda.Stream | None = None
 
     def tensor(self, values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         return self.send(torch.tensor(values, dtype=dtype))
@@ -99,14 +100,18 @@ class CudaDevice(Device):
 
     def graph(self, compute: Callable[[], None]) -> Callable[[], None]:
         with self.current():
-            if self._pool is None:
+            if self._side is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            side = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(self.torch_device))
-            with torch.cuda.stream(side):
-                compute()  # kernels are compiled and libraries prepared now
-                _refusing_to_wait(compute)
-            torch.cuda.current_stream(self.torch_device).wait_stream(side)
+                self._side = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+            side = self._side
+            current = torch.cuda.current_stream(self.torch_device)
+            side.wait_stream(current)
+            try:
+                with torch.cuda.stream(side):
+                    compute()  # kernels are compiled and libraries prepared now
+                    _refusing_to_wait(compute)
+            finally:
+                current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
