@@ -28,6 +28,10 @@ class Device(ABC):
         """`values` as a tensor [len(values)] on the device. Does not wait for what the device computes."""
 
     @abstractmethod
+    def stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the CPU with the same values, which the device can copy without anybody waiting."""
+
+    @abstractmethod
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor on the CPU, which nobody writes to any more, on the device. Does not wait either."""
 
@@ -60,6 +64,9 @@ class HostDevice(Device):
     def tensor(self, values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype)
 
+    def stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
@@ -86,8 +93,11 @@ class CudaDevice(Device):
     def tensor(self, values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         return self.send(torch.tensor(values, dtype=dtype))
 
+    def stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory()
+
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+        return self.stage(tensor).to(self.torch_device, non_blocking=True)
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
         # Copied first: the next step may write the tensors in place.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from baton.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, FixedRows
 from baton.attention.paged import PagedKvCache
 from baton.device import Device
+
+log = logging.getLogger(__name__)
 
 #: FlashAttention-2 reads wrong rows from pages that are no multiple of this.
 PAGE_TOKENS = 256
@@ -27,10 +30,29 @@ def kernel() -> Kernel:
     return cast(Kernel, varlen_attn)
 
 
-def _reads_pages() -> bool:
-    """Whether this torch's kernel reads pages and can be kept from splitting keys."""
-    needed = {"block_table", "seqused_k", "num_splits", "enable_gqa", "window_size", "scale"}
-    return needed <= inspect.signature(kernel()).parameters.keys()
+@cache
+def _reads_pages(device: torch.device) -> bool:
+    """Whether this torch's kernel reads pages and can be kept from splitting keys: tried, because in some
+    versions the one that comes with torch takes the arguments and refuses."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, 1, 64, dtype=torch.bfloat16, device=device)
+
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    try:
+        kernel()(
+            *(zeros(1), zeros(1, PAGE_TOKENS), zeros(1, PAGE_TOKENS), ends, ends, 1, 1),
+            scale=1.0,
+            window_size=(-1, -1),
+            enable_gqa=False,
+            seqused_k=ends[1:],
+            block_table=ends[:1, None],
+            num_splits=1,
+        )
+    except (ImportError, TypeError, RuntimeError) as error:
+        log.info("torch's FlashAttention reads no pages here: %s", str(error).splitlines()[0])
+        return False
+    return True
 
 
 def supports(device: torch.device, dtype: torch.dtype, specs: Sequence[AttentionSpec]) -> bool:
@@ -41,7 +63,7 @@ def supports(device: torch.device, dtype: torch.dtype, specs: Sequence[Attention
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and dtype in (torch.bfloat16, torch.float16)
         and all(spec.softcap is None and spec.head_dim % 8 == 0 and spec.head_dim <= 256 for spec in specs)
-        and _reads_pages()
+        and _reads_pages(device)
     )
 
 

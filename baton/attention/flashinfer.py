@@ -45,7 +45,7 @@ class _Pages:
     last_page_lens: torch.Tensor
 
     @classmethod
-    def of(cls, batch: AttentionBatch, cache: PagedKvCache, rows: int) -> _Pages:
+    def of(cls, batch: AttentionBatch, cache: PagedKvCache, rows: int, device: Device) -> _Pages:
         """Of `rows` sequences; those that the batch leaves over have one token in the spare block."""
         size = cache.block_size
         starts = [0]
@@ -59,7 +59,8 @@ class _Pages:
         starts += range(len(pages) + 1, len(pages) + 1 + left)
         pages += [cache.spare_block] * left
         last += [1] * left
-        return cls(*(torch.tensor(values, dtype=torch.int32) for values in (starts, pages, last)))
+        parts = (torch.tensor(values, dtype=torch.int32) for values in (starts, pages, last))
+        return cls(*(device.stage(part) for part in parts))
 
 
 class FlashInferAttention(AttentionBackend):
@@ -89,8 +90,9 @@ class FlashInferAttention(AttentionBackend):
 
     def begin(self, batch: AttentionBatch) -> None:
         self.wait_for_plans()
-        pages = _Pages.of(batch, self.cache, len(batch.query_lens))
+        pages = _Pages.of(batch, self.cache, len(batch.query_lens), self.device)
         starts = torch.nn.functional.pad(torch.tensor(batch.query_lens).cumsum(0), (1, 0)).int()
+        starts = self.device.stage(starts)
         indices = self.device.send(pages.pages)
         for spec, wrapper in self._any_length.items():
             wrapper.plan(
@@ -107,7 +109,7 @@ class FlashInferAttention(AttentionBackend):
     def plan_decode(self, wrappers: dict[AttentionSpec, Any], batch: AttentionBatch, rows: int) -> None:
         """Plan a step of one new token per sequence with decode wrappers made for `rows` sequences."""
         self.wait_for_plans()
-        pages = _Pages.of(batch, self.cache, rows)
+        pages = _Pages.of(batch, self.cache, rows, self.device)
         indices = self.device.send(pages.pages)
         for spec, wrapper in wrappers.items():
             wrapper.plan(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference_models import VOCAB, variant, write_reference
 
-from baton.attention import flashinfer
+from baton.attention import flash, flashinfer
 from baton.attention.base import AttentionBackend, AttentionBatch
 from baton.attention.select import create_backend, preferred_block_size
 from baton.config import AttentionName
@@ -29,9 +29,8 @@ from baton.sampling import Sampling
 
 DEVICE = torch.device("cuda", 0)
 BLOCKS = 160
-BACKENDS: list[AttentionName] = ["flash"]
-if flashinfer.supports(DEVICE, torch.bfloat16, ()):
-    BACKENDS.append("flashinfer")
+USABLE = {module.__name__: module.supports(DEVICE, torch.bfloat16, ()) for module in (flash, flashinfer)}
+BACKENDS = [name.rpartition(".")[2] for name, usable in USABLE.items() if usable]
 
 
 def load(name: str, folder: Path) -> Model:
@@ -86,7 +85,7 @@ def test_a_model_that_waits_for_the_device_runs_without_graphs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load("mixtral", tmp_path)
-    attention = backend(model, "flash")
+    attention = backend(model, "auto")
     assert DecodeGraphs.record(model, attention, device_of(DEVICE), 4) is None
     assert "decode runs without graphs" in caplog.text
     attention.begin(AttentionBatch([2], [2], [[0]]))
@@ -175,8 +174,9 @@ def test_an_engine_answers_as_the_model_says(
         is_the_references_choice(model, name, prompt + gatherer.tokens[key], len(prompt))
 
 
-def test_a_decode_step_is_begun_without_waiting_for_the_device(model: Model) -> None:
-    attention = backend(model, "flash")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_decode_step_is_begun_without_waiting_for_the_device(model: Model, name: AttentionName) -> None:
+    attention = backend(model, name)
     runner = Runner(model, attention, DEVICE, DecodeGraphs.record(model, attention, device_of(DEVICE), 4))
     scheduler = Scheduler(BlockPool(BLOCKS), Limits(64, 4, 10))
     for key in range(3):
@@ -188,7 +188,7 @@ def test_a_decode_step_is_begun_without_waiting_for_the_device(model: Model) -> 
                 prompt_len=3,
                 sampling=Sampling(max_tokens=9, temperature=0.8, top_p=0.9, top_k=40, seed=key),
                 root=bytes(16),
-                block_size=256,
+                block_size=attention.cache.layout.block_size,
             )
         )
     first = runner.begin(scheduler.schedule())
