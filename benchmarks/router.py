@@ -1,11 +1,12 @@
 """What a router adds: latency, CPU per request and requests per second, baton's beside its peers'.
 
-    python benchmarks/router.py [--quick] [--install] [--peer NAME=PYTHON]
+    python benchmarks/router.py [--quick] [--install] [--peer NAME=PYTHON] [--tokens 16] [--clients 1,32]
 
 Workers answer at once, so that what is left is the router. baton's router is the real process, with a real
-kvstore, in front of real gRPC decode workers; it parses, tokenizes, hashes and places every request. Peers
-proxy HTTP to instant OpenAI servers and do less. The load is the same: streamed completions of a 2 KB prompt,
-no two alike, on keep-alive connections. Rounds of all routers alternate, and medians of rounds are reported.
+kvstore, in front of real gRPC decode workers; it parses, tokenizes, hashes and places every request. So does
+Dynamo's frontend with its KV router, in front of instant workers of its own kind, found through files. The
+other peers proxy HTTP to instant OpenAI servers and do less. The load is the same: streamed completions of a
+2 KB prompt, no two alike, on keep-alive connections. Rounds of all routers alternate; medians are reported.
 
 Latency is added to what the load generator sees of the instant OpenAI server without any router. CPU is that
 of the router's processes, all of it, per request.
@@ -20,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import socket
 import statistics
 import subprocess
@@ -29,7 +31,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
@@ -47,17 +49,23 @@ CACHE = Path.home() / ".cache" / "baton-benchmarks"
 WORKERS = 4
 READY_S = 90.0
 PACED_STEP_S = 0.05
-DYNAMO_REQUESTS_PER_S = 324
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another router: how pip knows it, and the command that fronts `urls` on `port`."""
+    """Another router: what pip installs, and the command that fronts `urls` on `port`.
+
+    `workers` is the command of its own workers where it does not front `urls`; `environ` is for both, given a
+    folder of its own. It is ready when `health` answers with `ready` in the body.
+    """
 
     package: str
     command: Callable[[Path, int, Sequence[str], Path], list[str]]
     health: str = "/health"
-    environ: Mapping[str, str] = field(default_factory=dict)
+    ready: bytes = b""
+    install: Sequence[Sequence[str]] = ()
+    workers: Callable[[Path], list[str]] | None = None
+    environ: Callable[[Path], Mapping[str, str]] = lambda folder: {}
 
 
 def _vllm_router(python: Path, port: int, urls: Sequence[str], folder: Path) -> list[str]:
@@ -87,14 +95,44 @@ def _litellm(python: Path, port: int, urls: Sequence[str], folder: Path) -> list
     return [str(python.parent / "litellm"), *where, "--config", str(config), "--telemetry", "False"]
 
 
+def _dynamo(python: Path, port: int, urls: Sequence[str], folder: Path) -> list[str]:
+    flags = ["--http-port", str(port), "--router-mode", "kv", "--kv-cache-block-size", "16"]
+    return [str(python), "-m", "dynamo.frontend", *flags]
+
+
+def _dynamo_workers(python: Path) -> list[str]:
+    script = Path(__file__).with_name("router_dynamo.py")
+    return [str(python), str(script), str(MODEL), "m", str(WORKERS)]
+
+
+def _dynamo_environ(folder: Path) -> Mapping[str, str]:
+    planes = {"DYN_DISCOVERY_BACKEND": "file", "DYN_REQUEST_PLANE": "tcp", "DYN_EVENT_PLANE": "zmq"}
+    return {**planes, "DYN_FILE_KV": str(folder / "dynamo"), "DYN_LOG": "warn"}
+
+
 PEERS = {
+    "dynamo": Peer(
+        "ai-dynamo",
+        _dynamo,
+        "/v1/models",
+        b'"m"',
+        # One of what it declares is not on PyPI; this is what the frontend and the workers import.
+        (
+            ["--no-deps", "ai-dynamo==1.6.1", "ai-dynamo-runtime==1.6.1"],
+            ["aiohttp", "kubernetes<33", "msgspec", "prometheus-client<1", "pydantic<2.14", "pyzmq"],
+            ["redis<9", "tqdm", "transformers", "uvloop", "zstandard<1"],
+        ),
+        _dynamo_workers,
+        _dynamo_environ,
+    ),
     "vllm-router": Peer("vllm-router", _vllm_router),
     "smg": Peer("smg", _smg),
     "litellm": Peer(
-        "litellm[proxy]",
+        "litellm",
         _litellm,
         "/health/liveliness",
-        {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"},
+        install=(["litellm[proxy]"],),
+        environ=lambda folder: {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"},
     ),
 }
 
@@ -178,12 +216,15 @@ def child(target: Callable[..., None], *arguments: object) -> Iterator[None]:
         process.join()
 
 
-def wait_answer(port: int, path: str, process: psutil.Process, log: Path) -> None:
+def wait_answer(port: int, path: str, process: psutil.Process, log: Path, ready: bytes = b"") -> None:
+    """Until `path` answers with `ready` in the body."""
     deadline_s = time.monotonic() + READY_S
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=2):
-                return
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=2) as answer:
+                if ready in answer.read():
+                    return
+                raise OSError(f"{path} answers without {ready!r}")
         except OSError as error:
             dead = not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
             if dead or time.monotonic() > deadline_s:
@@ -212,8 +253,13 @@ def baton_router(folder: Path, step_s: float) -> Iterator[Running]:
 def peer_router(name: str, python: Path, urls: Sequence[str], folder: Path) -> Iterator[Running]:
     port, log = free_port(), folder / f"{name}.log"
     peer = PEERS[name]
-    with started(peer.command(python, port, urls, folder), log, peer.environ) as process:
-        wait_answer(port, peer.health, process, log)
+    environ = peer.environ(folder)
+    with ExitStack() as stack:
+        if peer.workers is not None:
+            stack.enter_context(started(peer.workers(python), folder / f"{name}-workers.log", environ))
+        command = peer.command(python, port, urls, folder)
+        process = stack.enter_context(started(command, log, environ))
+        wait_answer(port, peer.health, process, log, peer.ready)
         yield Running(name, port, "m", process)
 
 
@@ -231,8 +277,10 @@ def find_peers(given: Sequence[str], install: bool) -> tuple[dict[str, Path], di
         python = Path(named.get(name, CACHE / name / "bin" / "python"))
         if not python.exists() and install:
             subprocess.run([sys.executable, "-m", "venv", str(CACHE / name)], check=True)
-            pip = [str(python), "-m", "pip", "install", "--quiet", peer.package]
-            if subprocess.run(pip).returncode:
+            pip = [str(python), "-m", "pip", "install", "--quiet"]
+            steps = peer.install or ([peer.package],)
+            if any(subprocess.run([*pip, *step]).returncode for step in steps):
+                shutil.rmtree(CACHE / name)
                 missing[name] = f"pip install {peer.package} failed"
                 continue
         if python.exists():
@@ -242,8 +290,8 @@ def find_peers(given: Sequence[str], install: bool) -> tuple[dict[str, Path], di
     return found, missing
 
 
-def version_of(name: str, python: Path) -> str:
-    code = f"from importlib.metadata import version; print(version({name!r}))"
+def version_of(package: str, python: Path) -> str:
+    code = f"from importlib.metadata import version; print(version({package!r}))"
     return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() or "unknown"
 
 
@@ -252,11 +300,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer requests and rounds")
     parser.add_argument("--install", action="store_true", help="install peers that are not there, from PyPI")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="where a peer is")
+    parser.add_argument("--tokens", default="16,128", help="lengths of the streams (16,128)")
+    parser.add_argument("--clients", help="numbers of clients (1,32,256)")
     arguments = parser.parse_args()
     found, missing = find_peers(arguments.peer, arguments.install)
     rounds = 2 if arguments.quick else 5
-    cases = [(tokens, clients) for tokens in (16, 128) for clients in (1, 32, 256)]
-    if arguments.quick:
+    cases = [
+        (int(tokens), int(clients))
+        for tokens in arguments.tokens.split(",")
+        for clients in (arguments.clients or "1,32,256").split(",")
+    ]
+    if arguments.quick and not arguments.clients:
         cases = [(16, 1), (16, 32), (128, 32)]
 
     results: dict[tuple[str, int, int], list[Measured]] = {}
@@ -282,7 +336,7 @@ def main() -> None:
                     requests = _requests(router.name, tokens, clients, arguments.quick)
                     done = measure(router, clients=clients, requests=requests, tokens=tokens)
                     results.setdefault((router.name, tokens, clients), []).append(done)
-        versions = {name: version_of(name, python) for name, python in found.items()}
+        versions = {name: version_of(PEERS[name].package, python) for name, python in found.items()}
 
     with tempfile.TemporaryDirectory() as scratch, baton_router(Path(scratch), PACED_STEP_S) as router:
         paced = measure(router, clients=256, requests=512 if arguments.quick else 2048, tokens=32)
@@ -343,25 +397,29 @@ def report(
                 continue
             of = f"{name}_{tokens}_tokens_{clients}_clients"
             peer = {} if name == "baton" else {"peer": f"{name} {versions[name]}"}
-            goals: dict[str, dict[str, object]] = {"added": {}, "cpu": {}, "speed": {}}
+            goals: dict[str, dict[str, object]] = {"added": {}, "cpu": {}}
             if name == "baton" and tokens == 16:
                 goals["cpu"] = {"goal": "<= 800", "met": cpu <= 800}
                 if clients == 1:
                     goals["added"] = {"goal": "<= 1.0", "met": added50 <= 1.0}
-                else:
-                    least = 3 * DYNAMO_REQUESTS_PER_S
-                    goals["speed"] = {"goal": f">= {least} (3 x Dynamo's)", "met": speed >= least}
+                elif theirs := results.get(("dynamo", tokens, clients)):
+                    ratio = speed / median(theirs, lambda one: one.requests_per_s)
+                    peer_name = f"ai-dynamo {versions['dynamo']}"
+                    more = {"goal": ">= 3.0", "met": ratio >= 3.0, "peer": peer_name}
+                    figure(
+                        f"requests_per_s_vs_dynamo_{tokens}_tokens_{clients}_clients", ratio, "ratio", **more
+                    )
             figure(f"added_p50_{of}", added50, "ms", **peer, **goals["added"])
             figure(f"added_p99_{of}", added99, "ms", **peer)
-            figure(f"requests_per_s_{of}", speed, "1/s", **peer, **goals["speed"])
+            figure(f"requests_per_s_{of}", speed, "1/s", **peer)
             figure(f"cpu_{of}", cpu, "us/request", **peer, **goals["cpu"])
     console.print(table)
 
-    alone = [one for rounds in [results["baton", 16, 1]] for one in rounds]
-    stalls = sum(value >= 0.04 for one in alone for value in one.load.whole_s)
-    asked = sum(len(one.load.whole_s) for one in alone)
-    console.print(f"requests of 40 ms and more on one keep-alive connection: {stalls} of {asked}")
-    figure("stalls_of_40_ms", stalls, f"of {asked} requests", goal="0", met=stalls == 0)
+    if alone := results.get(("baton", 16, 1)):
+        stalls = sum(value >= 0.04 for one in alone for value in one.load.whole_s)
+        asked = sum(len(one.load.whole_s) for one in alone)
+        console.print(f"requests of 40 ms and more on one keep-alive connection: {stalls} of {asked}")
+        figure("stalls_of_40_ms", stalls, f"of {asked} requests", goal="0", met=stalls == 0)
 
     gaps = paced.load.gaps_s
     late_ms = 1e3 * (quantile(gaps, 0.99) - PACED_STEP_S)
