@@ -9,10 +9,10 @@ from pathlib import Path
 from random import Random
 
 from baton.bench.arrivals import Pattern
-from baton.bench.client import Client
+from baton.bench.client import Client, NobodyAnswers
 from baton.bench.drive import closed_loop, open_loop, until
 from baton.bench.load import LoadRequest, Prompts, Synthetic, cut, scaled, timed
-from baton.bench.records import Records, RequestRecord
+from baton.bench.records import RequestRecord
 from baton.bench.result import Run, run_of
 from baton.bench.summary import Targets, summarize
 from baton.bench.trace import TraceKind, TraceRow, kind_of, read_trace
@@ -156,15 +156,23 @@ class Bench:
 
     async def _warm_up(
         self, client: Client, trace: Sequence[TraceRow], progress: Callable[[RequestRecord], None]
-    ) -> Records:
-        """Requests like those to come, with prompts of their own, a few at a time; not in any figure."""
+    ) -> None:
+        """Requests like those to come, with prompts of their own, a few at a time; not in any figure.
+
+        Raises:
+            NobodyAnswers: none of them was answered.
+        """
         rng = Random(self.load.seed + 2)
         rows: Iterator[TraceRow] = iter(trace) if trace else self.load.synthetic.rows(rng)
         text = self.load.text or not client.takes_token_ids
         prompts = Prompts(self.load.seed + 1, 1.0 if text else None)
         warm = cut(rows, self.load.warmup, None)
         requests: list[LoadRequest] = [prompts.request(row, number) for number, row in enumerate(warm)]
-        return await closed_loop(client, requests, 4, progress)
+        errors = (await closed_loop(client, requests, 4, progress)).errors
+        if errors.total() == len(requests):
+            raise NobodyAnswers(
+                f"the server refused every request of the warm-up: {', '.join(errors)}; see what it logs"
+            )
 
 
 def run_bench(bench: Bench, servers: Sequence[Server], begin: Begin) -> list[Run]:

@@ -12,20 +12,24 @@ from baton.routing.view import Slo
 
 _ID = Struct("<QQ").pack
 _OWN = 1 << 62
+_PLACE = 36
 
 
 class BlockIds(Sequence[bytes]):
-    """The ids of `count` blocks, made when they are asked for.
+    """The ids of a prompt's `count` blocks of `size` tokens, made when they are asked for.
 
-    The blocks are those of a trace cut into `parts` equal ones: trace block 7 in 32 parts is blocks 7/0 to
-    7/31. Blocks beyond the trace's, all of them in a trace without ids, belong to request `number` alone.
+    Args:
+        ids: of the trace's blocks of `trace_size` tokens; equal ones stand for equal tokens and equal
+            tokens before. A block is named by the trace's block that it ends in, and where in it. Those
+            that end in a negative one, or past the last, belong to request `number` alone.
     """
 
-    __slots__ = ("_count", "_ids", "_number", "_parts")
+    __slots__ = ("_count", "_ids", "_number", "_size", "_trace_size")
 
-    def __init__(self, ids: Sequence[int], parts: int, count: int, number: int) -> None:
+    def __init__(self, ids: Sequence[int], trace_size: int, size: int, count: int, number: int) -> None:
         self._ids = ids
-        self._parts = parts
+        self._trace_size = trace_size
+        self._size = size
         self._count = count
         self._number = number
 
@@ -48,11 +52,13 @@ class BlockIds(Sequence[bytes]):
         return [self._name(index) for index in range(first, end)]
 
     def _name(self, index: int) -> bytes:
-        part = index // self._parts
-        if part < len(self._ids):
-            return _ID(0, self._ids[part] * self._parts + index % self._parts)
-        # Replicas of the index know blocks by the last eight bytes: nothing else may be in the first.
-        return _ID(0, _OWN | self._number << 24 | index)
+        # Replicas of the index know blocks by the last eight bytes, and spread them by the lowest of those.
+        if index < self._count and self._ids:
+            end = (index + 1) * self._size
+            at = min((end - 1) // self._trace_size, len(self._ids) - 1)
+            if (block := self._ids[at]) >= 0:
+                return _ID(0, (end - at * self._trace_size) << _PLACE | block)
+        return _ID(0, _OWN | index << _PLACE | self._number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +75,13 @@ class SimRequest:
 
 
 def from_trace(rows: Iterable[TraceRow], block_tokens: int) -> Iterator[SimRequest]:
-    """The requests of a trace on workers with blocks of `block_tokens`.
-
-    Raises:
-        ValueError: the trace's own blocks do not divide into such blocks.
-    """
+    """The requests of a trace on workers with blocks of `block_tokens`."""
     for number, (row, session) in enumerate(sessions(rows)):
-        if row.block_ids and row.block_tokens % block_tokens:
-            raise ValueError(
-                f"blocks of {row.block_tokens} tokens do not divide into blocks of {block_tokens}"
-            )
-        parts = max(1, row.block_tokens // block_tokens)
         full = row.input_tokens // block_tokens
         yield SimRequest(
             row.arrival_s,
             row.input_tokens,
             row.output_tokens,
-            BlockIds(row.block_ids, parts, full, number),
+            BlockIds(row.block_ids, row.block_tokens, block_tokens, full, number),
             session,
         )

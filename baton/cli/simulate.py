@@ -1,0 +1,132 @@
+"""`baton simulate`: how would a cluster that is not there serve a workload?"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, get_args
+
+import click
+from rich.console import Console
+
+from baton.bench.load import cut
+from baton.bench.plan import Load
+from baton.bench.result import Run, run_of
+from baton.bench.summary import Targets
+from baton.bench.trace import TraceRow
+from baton.cli.load_options import POSITIVE, load_of, load_options, report_options, require, result_of, write
+from baton.config import BadSetting, PolicyName
+from baton.routing import Role
+from baton.sim.cluster import SimCluster, WorkerSpec
+from baton.sim.profiles import NAMES, speed_of
+from baton.sim.simulator import SimReport, simulate
+from baton.sim.workload import from_trace
+
+
+@click.command(name="simulate")
+@click.option("--profile", required=True, help=f"step times of a worker: {NAMES}")
+@click.option("--prefill", type=click.IntRange(min=0), default=0, help="prefill workers")
+@click.option("--decode", type=click.IntRange(min=0), default=0, help="decode workers")
+@click.option("--hybrid", type=click.IntRange(min=0), default=0, help="hybrid workers")
+@click.option("--policy", type=click.Choice(get_args(PolicyName)), default="prefix", show_default=True)
+@click.option(
+    "--kv-tokens", type=click.IntRange(min=1), default=500_000, show_default=True, help="per worker"
+)
+@click.option(
+    "--kv-bytes-per-token", type=click.IntRange(min=1), default=131_072, show_default=True,
+    help="of keys and values, all layers",
+)  # fmt: skip
+@click.option("--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="tokens")
+@click.option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True)
+@click.option("--max-batch-requests", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--network-bytes-per-s", type=POSITIVE, default=12.5e9, show_default=True,
+    help="of a worker's network card, each way",
+)  # fmt: skip
+@click.option("--gpus-per-worker", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--price-per-gpu-hour", type=POSITIVE, help="in any currency")
+@click.option("--routers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--candidates", type=click.IntRange(min=0), default=0, show_default=True,
+    help="workers of each role that a router weighs per request, drawn at random beside the holders of "
+    "its prefix; 0 is all",
+)  # fmt: skip
+@load_options
+@report_options
+def simulate_command(**given: Any) -> None:
+    """Serve a workload on a cluster in virtual time, by the code that runs real ones.
+
+    The load is given as to `baton bench`: made-up lengths at --request-rate, or a --trace.
+    """
+    try:
+        if given["html"] is not None:
+            require("matplotlib")
+        load = load_of(given)
+        if load.concurrency is not None:
+            raise BadSetting("the simulator's load is an open loop: give --request-rate or a --trace")
+        cluster = _cluster(given)
+        runs = _simulate(load, cluster, given)
+    except BadSetting as error:
+        raise click.UsageError(error.message) from error
+    write(result_of("simulate", given, runs), given["out"], given["html"])
+
+
+def _cluster(given: dict[str, Any]) -> SimCluster:
+    speed = speed_of(given["profile"])
+    block = given["block_size"]
+    if block & (block - 1):
+        raise BadSetting(f"--block-size {block} is not a power of two")
+    counts = {Role.PREFILL: given["prefill"], Role.DECODE: given["decode"], Role.HYBRID: given["hybrid"]}
+    roles = [role for role, count in counts.items() for _ in range(count)]
+    if not any(role.decodes for role in roles):
+        raise BadSetting("the cluster has no worker that decodes; give --hybrid, or --prefill and --decode")
+    return SimCluster(
+        workers=tuple(
+            WorkerSpec(
+                role,
+                speed,
+                kv_blocks=max(1, given["kv_tokens"] // block),
+                max_batch_tokens=given["max_batch_tokens"],
+                max_batch_requests=given["max_batch_requests"],
+                network_bytes_per_s=given["network_bytes_per_s"],
+                gpus=given["gpus_per_worker"],
+            )
+            for role in roles
+        ),
+        block_tokens=block,
+        kv_bytes_per_token=given["kv_bytes_per_token"],
+        policy=given["policy"],
+        routers=given["routers"],
+        candidates=given["candidates"],
+    )
+
+
+def _simulate(load: Load, cluster: SimCluster, given: dict[str, Any]) -> list[Run]:
+    console = Console(stderr=True)
+    targets = Targets(given["slo_ttft"], given["slo_tpot"])
+    trace: list[TraceRow] = load.rows()
+    runs = []
+    for rate in load.rates or (None,):
+        words, rows = load.at(trace, rate)
+        label = "simulated" if len(load.rates) < 2 else f"simulated @ {rate:g}/s"
+        began_s = time.perf_counter()
+        report = simulate(
+            cluster,
+            from_trace(cut(rows, load.requests, load.duration_s), cluster.block_tokens),
+            targets,
+            price_per_gpu_hour=given["price_per_gpu_hour"],
+            seed=load.seed,
+        )
+        _say(console, label, report, time.perf_counter() - began_s)
+        runs.append(run_of(label, words, rate, report.records, report.summary))
+    return runs
+
+
+def _say(console: Console, label: str, report: SimReport, took_s: float) -> None:
+    busy = [100 * worker.utilization for worker in report.workers]
+    console.print(
+        f"{label}: {report.summary.requests} requests on {len(busy)} workers, {report.span_s:.1f} s in "
+        f"{took_s:.1f} s; hit rate {100 * report.hit_rate:.1f} %, workers busy {sum(busy) / len(busy):.0f} % "
+        f"(most {max(busy):.0f} %)",
+        highlight=False,
+        soft_wrap=True,
+    )
