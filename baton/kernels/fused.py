@@ -20,12 +20,15 @@ _SEARCH_WIDTH = 4096
 
 @cache
 def kernels() -> ModuleType | None:
-    """`baton.kernels.jit`, or None without triton."""
+    """`baton.kernels.jit`, or None where Triton is missing or cannot compile, as without a C compiler."""
     try:
-        return import_module("baton.kernels.jit")
-    except ImportError as error:
-        log.info("no Triton, torch computes: %s", error)
+        jit = import_module("baton.kernels.jit")
+        trial = torch.ones(1, 2, device="cuda")
+        jit.gate[1, 1](trial, torch.empty(1, 1, device="cuda"), 1, GELU=False, WIDTH=16)
+    except Exception as error:  # whatever a compiler may say
+        log.warning("no Triton, torch computes, more slowly: %s", error)
         return None
+    return jit
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, round_first: bool) -> torch.Tensor | None:
