@@ -7,7 +7,6 @@ tables are copied into those; the rows that a batch leaves over write to a block
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +17,6 @@ from baton.device import Device
 from baton.models.base import Model
 
 log = logging.getLogger(__name__)
-
-_PROGRESS_S = 1.0
 
 
 def ladder(most: int) -> list[int]:
@@ -46,11 +43,18 @@ class DecodeGraphs:
 
     @classmethod
     def record(
-        cls, model: Model, attention: AttentionBackend, device: Device, most: int
+        cls,
+        model: Model,
+        attention: AttentionBackend,
+        device: Device,
+        most: int,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> DecodeGraphs | None:
-        """Graphs for up to `most` sequences; None, with a line in the log, where that cannot be done."""
+        """Graphs for up to `most` sequences; None, with a line in the log, where that cannot be done.
+
+        `report` hears how many are recorded and of how many.
+        """
         graphs = cls(most, model)
-        started = said = time.monotonic()
         # The largest first: the others find room in its memory.
         sizes = ladder(most)[::-1]
         for number, size in enumerate(sizes):
@@ -60,13 +64,9 @@ class DecodeGraphs:
                     raise RuntimeError(f"attention backend {attention.name} has no buffers that stay")
                 graphs._record(size, fixed, model, attention, device)
             except RuntimeError as error:
-                log.warning("decode runs without graphs: %s", str(error).splitlines()[0])
+                log.warning("decode runs without graphs: %s", (str(error) or repr(error)).splitlines()[0])
                 return None
-            if time.monotonic() - said > _PROGRESS_S:
-                said = time.monotonic()
-                log.info("recording decode graphs: %d of %d", number + 1, len(sizes))
-        seconds = time.monotonic() - started
-        log.info("recorded decode graphs for up to %d requests in %.1f s", most, seconds)
+            report(number + 1, len(sizes))
         return graphs
 
     def take(self, batch: AttentionBatch) -> bool:

@@ -106,8 +106,9 @@ def load(settings: Settings, startup: Startup) -> Loaded:
     pool = BlockPool(blocks)
     graphs = None
     if on_gpu and chosen.cuda_graphs:
-        with startup.part("graphs"):
-            graphs = DecodeGraphs.record(model, attention, device_of(device), chosen.max_batch_requests)
+        with startup.part("graphs") as report:
+            most = chosen.max_batch_requests
+            graphs = DecodeGraphs.record(model, attention, device_of(device), most, report)
     runner = Runner(model, attention, device, graphs)
     longest = min(chosen.max_batch_tokens or PREFILL_SIZES[-1], model.config.max_model_len - 1)
     prompts = [size for size in PREFILL_SIZES if size < longest] + [longest]
