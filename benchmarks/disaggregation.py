@@ -180,7 +180,7 @@ def show(console: Console, swept: Mapping[str, Sweep], alone: Alone) -> list[Fig
 
 
 def plot(path: Path, swept: Mapping[str, Sweep], alone: Alone) -> None:
-    """Attainment by rate for each pair of objectives, and ITL p99; needs the extra `plots`."""
+    """Attainment by rate for each pair of objectives, and ITL p99; needs the extra `bench`."""
     import matplotlib
 
     matplotlib.use("Agg")
