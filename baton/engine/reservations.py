@@ -29,10 +29,12 @@ class Reservation:
 @dataclass(eq=False)
 class Pinned:
     """Leading blocks of a chain that stay as they are until `unpin`, for a short while: another worker
-    reads them, or they are read from one. The first `held` are shared, the rest private."""
+    reads them, or they are read from one. The first `held` are shared, the rest private; `copied` is set when
+    another worker has read them and keeps them from now on."""
 
     blocks: list[int]
     held: int
+    copied: bool = False
 
 
 class Reservations:
@@ -150,7 +152,10 @@ class Reservations:
     def unpin(self, pinned: Pinned) -> None:
         """Let the blocks go."""
         self._pinned.remove(pinned)
-        self._scheduler.pool.release(pinned.blocks)
+        if pinned.copied:
+            self._scheduler.pool.release_copies(pinned.blocks)
+        else:
+            self._scheduler.pool.release(pinned.blocks)
         self.grant()
 
     def _acquire(self, chain: Sequence[bytes]) -> list[int]:

@@ -122,7 +122,7 @@ class Scheduler:
 
         The first `held` blocks are shared ones the caller has referenced; the rest are private.
         """
-        sequence.blocks, sequence.shared = blocks, held
+        sequence.blocks, sequence.shared, sequence.copied = blocks, held, True
         sequence.computed = len(sequence.tokens) - 1
         sequence.state = State.RUNNING
         self._share_full_blocks(sequence)
@@ -329,8 +329,11 @@ class Scheduler:
         sequence.state = State.FINISHED
 
     def _free_blocks(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.computed, sequence.shared = [], 0, 0
+        if sequence.copied:
+            self.pool.release_copies(sequence.blocks)
+        else:
+            self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.shared, sequence.copied = [], 0, 0, False
 
     def _free_duplicates(self, sequence: Sequence) -> None:
         """What replaced them was in place before any step that still runs was scheduled."""

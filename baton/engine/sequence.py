@@ -35,8 +35,9 @@ class Sequence:
     `blocks`; the first `shared` blocks are in the prefix tree. `cached_tokens` is how much of the
     prompt the cache held when the sequence first ran, `pulled_tokens` the part of it in the blocks that
     were read from another worker for this sequence (`pulled`). The first `announced` blocks are known to the
-    reader of prefill work. It is `held_back` until it may decode with the others. `owner` is whom outputs
-    are for; the engine only passes it on.
+    reader of prefill work. It is `copied` when its blocks were read from a worker that keeps them, and
+    `held_back` until it may decode with the others. `owner` is whom outputs are for; the engine only passes
+    it on.
 
     The `in_flight` steps that were scheduled and have not ended compute the KV of the `ahead` tokens after
     `computed` and bring `pending` new tokens. `duplicates` are blocks that such a step may still read and
@@ -59,6 +60,7 @@ class Sequence:
     cached_tokens: int | None = None
     pulled: range = range(0)
     pulled_tokens: int = 0
+    copied: bool = False
     held_back: bool = True
     in_flight: int = 0
     ahead: int = 0

@@ -2,8 +2,9 @@
 
 Blocks are numbers; the bytes live elsewhere. A block is *private* (one owner, no identity), *shared*
 (it has an identity in the prefix tree) or free. A shared block that nobody references stays in the
-tree until its place is needed, and goes leaf first, least recently used first: if the pool holds a
-block of a chain it holds every block before it. With tiers below (`baton.kv.lower`) it goes there.
+tree until its place is needed, and goes leaf first: if the pool holds a block of a chain it holds every
+block before it. Of the leaves, copies of what another worker keeps go first, then the least recently
+used. With tiers below (`baton.kv.lower`) a block goes there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from dataclasses import dataclass, field
 from baton.kv.changes import Changes
 from baton.kv.events import Event, Tier
 from baton.kv.lower import Held, LowerTiers
+
+_COPY = -(1 << 62)
+"""Added to the time of a copy's last use: it goes before everything that is none."""
 
 
 class NoFreeBlocks(Exception):
@@ -30,7 +34,7 @@ class _Node:
     parent: _Node | None
     children: int = 0
     references: int = 0
-    last_used: int = 0
+    goes_at: int = 0
 
 
 @dataclass
@@ -113,7 +117,7 @@ class BlockPool:
         parent = None if parent_id is None else self._nodes[parent_id]
         if parent is not None:
             parent.children += 1
-        node = _Node(block_id, block, parent, references=1, last_used=self._clock)
+        node = _Node(block_id, block, parent, references=1, goes_at=self._clock)
         self._nodes[block_id] = node
         self._shared[block] = node
         if self.lower is not None:
@@ -123,6 +127,13 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one reference to each of `blocks`: private ones are free, shared ones stay cached."""
+        self._release(blocks, 0)
+
+    def release_copies(self, blocks: Sequence[int]) -> None:
+        """As `release`, of blocks that another worker keeps: they go first, unless they are used again."""
+        self._release(blocks, _COPY)
+
+    def _release(self, blocks: Sequence[int], order: int) -> None:
         self._clock += 1
         for block in reversed(blocks):
             node = self._shared.get(block)
@@ -130,7 +141,7 @@ class BlockPool:
                 self._free.append(block)
                 continue
             node.references -= 1
-            node.last_used = self._clock
+            node.goes_at = self._clock + order
             if node.references == 0:
                 self._unreferenced += 1
                 if node.children == 0:
@@ -184,19 +195,19 @@ class BlockPool:
             self._leaves = [entry for entry in self._leaves if self._is_current(entry)]
             heapq.heapify(self._leaves)
         self._offers += 1
-        heapq.heappush(self._leaves, (node.last_used, self._offers, node))
+        heapq.heappush(self._leaves, (node.goes_at, self._offers, node))
 
     def _is_current(self, entry: tuple[int, int, _Node]) -> bool:
-        last_used, _, node = entry
+        goes_at, _, node = entry
         return (
             self._nodes.get(node.block_id) is node
             and node.references == 0
             and node.children == 0
-            and node.last_used == last_used
+            and node.goes_at == goes_at
         )
 
     def _evict_one(self) -> None:
-        """Remove the least recently used leaf that nobody references.
+        """Remove the leaf that goes first of those that nobody references.
 
         Entries of the heap go stale when their node is used again, gets a child or leaves the tree;
         they are recognised here instead of being searched for then.

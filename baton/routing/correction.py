@@ -16,7 +16,7 @@ class Correction:
 
     In logs, twice as fast and twice as slow cancel out. What one prefill says, and so every factor, is
     kept within 1/8 and 8: a stall cannot make a worker unusable for long.
-    Bandwidths need none: workers report them as they measure them, read by read.
+    Bandwidths need none: workers correct theirs themselves, read by read (`baton.routing.rates`).
     """
 
     def __init__(self) -> None:

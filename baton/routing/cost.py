@@ -94,11 +94,11 @@ def prefill_cost(worker: WorkerView, request: Request, sources: Sequence[WorkerV
     """
     held = request.held_by_tier(worker.worker_id)
     prompt_tokens, tokens_in = request.prompt_tokens, request.tokens_in
-    own, tiers_s, pulling_s, pull = held.device, 0.0, 0.0, None
+    own, tiers_s, pulling_s, pull = request.on_device(worker.worker_id), 0.0, 0.0, None
     cached = tokens_in(own)
     computing_s = compute_s(worker, prompt_tokens, cached)
     work_s = computing_s
-    if held.total > held.device:
+    if held.total > own:
         for blocks in (held.device + held.host, held.total):
             reading_s = tier_s(worker, request, 0, blocks)
             left_s = compute_s(worker, prompt_tokens, tokens_in(blocks))
@@ -132,7 +132,7 @@ def prefill_cost(worker: WorkerView, request: Request, sources: Sequence[WorkerV
 
 def pushed_out(worker: WorkerView, request: Request) -> int:
     """Cached blocks that must go from the worker's pool when the prompt's come."""
-    new = request.prompt_blocks - request.held_by_tier(worker.worker_id).device
+    new = request.prompt_blocks - request.on_device(worker.worker_id)
     empty = max(0, worker.free_blocks - worker.cached_blocks)
     return max(0, new - empty)
 

@@ -111,8 +111,9 @@ class Request:
 
     `blocks` is what prompt and output can need in all. `held` maps a worker id to the number of leading
     prompt blocks that worker holds in any tier, `tiers` says where they lie; a worker that is not in
-    `tiers` has all of them on its device. `session` names the conversation and `session_worker` where its
-    last request was decoded, when they are known.
+    `tiers` has all of them on its device. `expected` maps a worker id to the number of leading blocks that it
+    will hold once it has computed the prompts sent to it. `session` names the conversation and
+    `session_worker` where its last request was decoded, when they are known.
     """
 
     prompt_tokens: int
@@ -121,6 +122,7 @@ class Request:
     block_bytes: int
     held: Mapping[str, int] = field(default_factory=dict)
     tiers: Mapping[str, TierCounts] = field(default_factory=dict)
+    expected: Mapping[str, int] = field(default_factory=dict)
     avoid: frozenset[str] = frozenset()
     slo: Slo = "interactive"
     session: str = ""
@@ -138,6 +140,10 @@ class Request:
             return counts
         blocks = self.held.get(worker_id, 0)
         return TierCounts(device=blocks) if blocks else _NOTHING
+
+    def on_device(self, worker_id: str) -> int:
+        """Leading prompt blocks that the worker has on its device when it begins the prompt."""
+        return max(self.held_by_tier(worker_id).device, self.expected.get(worker_id, 0))
 
     def tokens_in(self, blocks: int) -> int:
         """Prompt tokens that need no computing with so many leading blocks at hand: not the last one."""

@@ -266,8 +266,9 @@ class Pull:
         self._world.clock.after(2 * self._world.cluster.network_s, self._released)
 
     def _released(self) -> None:
-        if self._over or self._mine is None:
+        if self._over or self._mine is None or self._theirs is None:
             return
+        self._theirs.copied = True
         self._sequence.pulled = range(self._mine.held, len(self._mine.blocks))
         self._reader.reservations.share(self._mine, self._sequence.chain(len(self._mine.blocks)))
         self._reader.publish()

@@ -18,6 +18,7 @@ from baton.kv.index import PrefixIndex
 from baton.kv.pool import BlockPool
 from baton.routing import ClusterView, Curve, Placement, Request, Role, WorkerView, create_policy
 from baton.routing.cost import HANDOFF_S, compute_s
+from baton.routing.expected import Expected
 from baton.sim.trace import BLOCK_TOKENS, TraceRequest
 
 
@@ -89,6 +90,7 @@ class _Job:
     trace: TraceRequest
     request: Request
     placement: Placement
+    router: int
 
 
 @dataclass(eq=False, slots=True)
@@ -129,6 +131,7 @@ class _Simulation:
         self._numbers = count()
         self._policies = [create_policy(policy, Random(seed + n)) for n in range(cluster.routers)]
         self._sessions: dict[str, str] = {}
+        self._expected = [Expected() for _ in range(cluster.routers)]
         self._promises: dict[str, deque[_Promise]] = {}
         self.workers: dict[str, _Worker] = {}
         names = [f"{role.value}{number}" for number, role in enumerate(cluster.roles)]
@@ -162,6 +165,7 @@ class _Simulation:
                 block_size=BLOCK_TOKENS,
                 block_bytes=self.cluster.block_bytes,
                 held=self.index.lookup(trace.chain),
+                expected=self._expected[router].lookup(trace.chain),
                 session=trace.session,
                 session_worker=self._sessions.get(trace.session),
             )
@@ -169,10 +173,19 @@ class _Simulation:
             placement = self._policies[router].place(request, ClusterView(views))
             self._promise(placement, request, router)
             self._sessions[trace.session] = placement.decode.worker_id
-            job = _Job(trace, request, placement)
-            self.workers[placement.computing.worker_id].expect(job)
+            computing = placement.computing.worker_id
+            self._expected[router].add(computing, trace.chain)
+            self.workers[computing].expect(_Job(trace, request, placement, router))
 
         return place
+
+    def computed(self, job: _Job) -> None:
+        """A prompt is computed, which its router hears a little later."""
+        worker_id = job.placement.computing.worker_id
+        self.after(
+            self.cluster.network_s,
+            lambda: self._expected[job.router].remove(worker_id, job.trace.chain),
+        )
 
     def _promise(self, placement: Placement, request: Request, router: int) -> None:
         decode, computing = placement.decode.worker_id, placement.computing.worker_id
@@ -278,6 +291,7 @@ class _Worker:
             self._progress = _Progress(0, 0.0, 0.0)
             self._sim.result.first_token_s.append(self._sim.now_s - trace.arrival_s)
             self._share(trace.chain, held, blocks)
+            self._sim.computed(job)
             if own:
                 self._decode(job, blocks)
             else:
@@ -288,12 +302,16 @@ class _Worker:
         self._sim.after(seconds, computed)
 
     def _pullable(self, job: _Job, held: int) -> int:
-        """Blocks beyond `held` that the source of the job's pull still has."""
+        """Blocks beyond `held` that the source of the job's pull still has; there they are copies now."""
         pull = job.placement.pull
         if pull is None:
             return 0
-        there = self._sim.workers[pull.worker.worker_id]._pool.match(job.trace.chain)
-        return max(0, min(there, pull.blocks) - held)
+        source = self._sim.workers[pull.worker.worker_id]._pool
+        there = min(source.match(job.trace.chain), pull.blocks)
+        if there <= held:
+            return 0
+        source.release_copies(source.acquire(job.trace.chain[:there]))
+        return there - held
 
     def read(self, job: _Job, done: Callable[[], None]) -> None:
         """Read what is lacking of a prompt that another worker has computed, then decode."""
@@ -333,7 +351,11 @@ class _Worker:
 
         def decoded() -> None:
             self._decoding -= 1
-            self._release(blocks)
+            if job.placement.prefill is None:
+                self._pool.release(blocks)
+            else:
+                self._pool.release_copies(blocks)
+            self._freed()
 
         self._sim.after(seconds, decoded)
 
@@ -352,6 +374,9 @@ class _Worker:
 
     def _release(self, blocks: list[int]) -> None:
         self._pool.release(blocks)
+        self._freed()
+
+    def _freed(self) -> None:
         self._admit()
         self._advance()
         self._report()

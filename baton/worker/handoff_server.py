@@ -103,7 +103,7 @@ class KvService(worker_pb2_grpc.KvServicer):
                 first_index=begin.held_blocks, block_ids=pinned.blocks[begin.held_blocks :], last=True
             )
             await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
-            await _release(requests, context)
+            pinned.copied = await _release(requests, context)
         finally:
             pinning.add_done_callback(lambda done: state.engine.unpin(done.result()))
 
@@ -151,11 +151,13 @@ async def _announce(output: Output, context: HandoffContext) -> bool:
     return last
 
 
-async def _release(requests: AsyncIterator[worker_pb2.HandoffRequest], context: HandoffContext) -> None:
-    """Answer Done with Released; nothing is said to a reader that went away instead."""
+async def _release(requests: AsyncIterator[worker_pb2.HandoffRequest], context: HandoffContext) -> bool:
+    """Answer Done with Released; False, and nothing is said, when the reader went away instead."""
     message = await anext(aiter(requests), None)
-    if message is not None and message.HasField("done"):
-        await context.write(worker_pb2.HandoffResponse(released=worker_pb2.Released()))
+    if message is None or not message.HasField("done"):
+        return False
+    await context.write(worker_pb2.HandoffResponse(released=worker_pb2.Released()))
+    return True
 
 
 def _refuse(message: str) -> NoReturn:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from baton.errors import HandoffFailed
+from baton.routing.rates import ReadRates
 from baton.rpc.channels import open_channel
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.base import ReadReport, Transfer
@@ -24,9 +25,6 @@ from baton.worker.metrics import (
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 20.0
-# Of smaller reads the latency says more than the bandwidth.
-_MEANINGFUL_BYTES = 1024 * 1024
-_NEWEST_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Peers:
     reader_id: str
     transfer: Transfer
     read_bytes: int = 0
-    _rates: dict[str, float] = field(default_factory=dict)
+    _rates: ReadRates[str] = field(default_factory=ReadRates)
     _known: dict[str, Peer] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
@@ -84,16 +82,13 @@ class Peers:
 
     def read_rates(self) -> dict[str, float]:
         """Measured bytes per second of reads from each peer, by worker id: a moving average."""
-        return dict(self._rates)
+        return self._rates.now()
 
     def _rate(self, agent_name: str, report: ReadReport) -> None:
-        if report.bytes < _MEANINGFUL_BYTES or report.seconds <= 0:
-            return
         worker_id = agent_name.rpartition("/")[0]
-        newest = report.bytes / report.seconds
-        known = self._rates.get(worker_id, newest)
-        self._rates[worker_id] = known + _NEWEST_WEIGHT * (newest - known)
-        PEER_READ_RATE.labels(worker_id).set(self._rates[worker_id])
+        self._rates.note(worker_id, report.bytes, report.seconds)
+        if (rate := self._rates.now().get(worker_id)) is not None:
+            PEER_READ_RATE.labels(worker_id).set(rate)
 
     async def forget(self, address: str, incarnation: str) -> None:
         """Drop what is known of a worker that is gone."""
@@ -132,7 +127,8 @@ class Peers:
     async def _disconnect(self, peer: Peer) -> None:
         self._known.pop(peer.address, None)
         worker_id = peer.agent_name.rpartition("/")[0]
-        if self._rates.pop(worker_id, None) is not None:
+        if worker_id in self._rates.now():
+            self._rates.forget(worker_id)
             PEER_READ_RATE.remove(worker_id)
         await self.transfer.remove_peer(peer.agent_name)
         await peer.channel.close(None)

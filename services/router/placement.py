@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from baton.kv.events import TierCounts
-from baton.kv.hashing import Chain
+from baton.kv.hashing import Chain, KvLayout
 from baton.routing import Candidate, ClusterView, Placement, Policy, Request, Role, Unplaceable, WorkerView
 from baton.routing.admission import Pace
 from baton.routing.correction import Correction
 from baton.routing.cost import compute_s
+from baton.routing.expected import Expected
 from baton.rpc.v1 import worker_pb2
 from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
@@ -33,18 +34,28 @@ class Hold:
     """A placement and the work it promises to its workers until they report it themselves."""
 
     def __init__(
-        self, placement: Placement, prompt_tokens: int, owner: Promises, promises: Sequence[Promise]
+        self,
+        placement: Placement,
+        prompt_tokens: int,
+        owner: Promises,
+        promises: Sequence[Promise],
+        expected: Expected,
+        block_ids: Sequence[bytes],
     ) -> None:
         self.placement = placement
         self.prompt_tokens = prompt_tokens
         self._owner = owner
         self._promises = promises
+        self._expected = expected
+        self._block_ids = block_ids
+        expected.add(placement.computing.worker_id, block_ids)
 
     def release(self) -> None:
-        """The workers have the work, or will never have it."""
+        """The prompt is computed, or the workers will never have the work."""
         for promise in self._promises:
             self._owner.release(promise)
-        self._promises = ()
+        self._expected.remove(self.placement.computing.worker_id, self._block_ids)
+        self._promises, self._block_ids = (), ()
 
 
 class Placer:
@@ -56,6 +67,7 @@ class Placer:
         self._sessions = sessions
         self._correction = Correction()
         self._promises = Promises(self._correction.apply, cluster.reservations)
+        self._expected = Expected()
         self._conversations: dict[str, str] = {}
         self.suspects = Suspects()
 
@@ -66,11 +78,20 @@ class Placer:
             Unplaceable: no worker can take it now; says why.
         """
         known = self._reachable()
-        request, view = self._request(generation, output, avoid, known), self._view(known)
+        context = generation.prompt_token_ids
+        if output:
+            context = [*context, *output]
+        chains = _chains(generation.cache_salt, context, known)
+        request = self._request(generation, len(context), chains, avoid)
+        view = self._view(known)
         placement = self._away_from_suspects(request, lambda asked: self._policy.place(asked, view))
         if request.session:
             self._remember(request.session, placement.decode.worker_id)
-        return self._promise(placement, request)
+        block_ids: Sequence[bytes] = ()
+        if placement.compute_tokens > request.block_size:
+            block_ids = list(chains[self._cluster.workers[placement.computing.worker_id].layout])
+        promises = self._promise(placement, request)
+        return Hold(placement, request.prompt_tokens, self._promises, promises, self._expected, block_ids)
 
     def explain(self, generation: Generation) -> tuple[Request, list[Candidate]]:
         """The request as the policy sees it, and what it would choose, then every other placement.
@@ -79,7 +100,10 @@ class Placer:
             Unplaceable: no worker can take it now; says why.
         """
         known = self._reachable()
-        request, view = self._request(generation, (), frozenset(), known), self._view(known)
+        context = generation.prompt_token_ids
+        chains = _chains(generation.cache_salt, context, known)
+        request = self._request(generation, len(context), chains, frozenset())
+        view = self._view(known)
         return request, self._away_from_suspects(request, lambda asked: self._policy.explain(asked, view))
 
     def check_ready(self) -> None:
@@ -145,6 +169,7 @@ class Placer:
         """The worker is gone."""
         self._correction.forget(worker_id)
         self._promises.forget(worker_id)
+        self._expected.forget(worker_id)
         self.suspects.worked(worker_id)
 
     def _away_from_suspects(self, request: Request, decide: Callable[[Request], Decision]) -> Decision:
@@ -179,27 +204,27 @@ class Placer:
     def _request(
         self,
         generation: Generation,
-        output: Sequence[int],
+        prompt_tokens: int,
+        chains: Mapping[KvLayout, Chain],
         avoid: frozenset[str],
-        known: Sequence[KnownWorker],
     ) -> Request:
-        context = [*generation.prompt_token_ids, *output] if output else generation.prompt_token_ids
-        layouts = {worker.layout for worker in known}
         tiers: dict[str, TierCounts] = {}
-        for layout in layouts:
-            chain = Chain(layout.root(generation.cache_salt), context, layout.block_size)
+        expected: dict[str, int] = {}
+        for chain in chains.values():
             tiers.update(self._cluster.index.lookup_tiers(chain))
+            expected.update(self._expected.lookup(chain))
         # Workers of one model differ in block size only while they are replaced by others; the
         # smallest then overstates what the rest hold, which costs time and no correctness.
-        block_size = min((layout.block_size for layout in layouts), default=1)
+        block_size = min((layout.block_size for layout in chains), default=1)
         total = len(generation.prompt_token_ids) + generation.sampling.max_tokens
         return Request(
-            prompt_tokens=len(context),
+            prompt_tokens=prompt_tokens,
             blocks=-(-total // block_size),
             block_size=block_size,
-            block_bytes=max((layout.block_bytes for layout in layouts), default=1),
+            block_bytes=max((layout.block_bytes for layout in chains), default=1),
             held={worker_id: counts.total for worker_id, counts in tiers.items()},
             tiers=tiers,
+            expected=expected,
             avoid=avoid,
             slo=generation.caller.slo,
             session=generation.caller.session,
@@ -212,9 +237,9 @@ class Placer:
         if len(self._conversations) > _CONVERSATIONS:
             del self._conversations[next(iter(self._conversations))]
 
-    def _promise(self, placement: Placement, request: Request) -> Hold:
+    def _promise(self, placement: Placement, request: Request) -> list[Promise]:
         decode, computing = placement.decode.worker_id, placement.computing.worker_id
-        promises = [
+        return [
             self._promises.make(
                 worker_id,
                 Work(
@@ -225,4 +250,9 @@ class Placer:
             )
             for worker_id in {decode, computing}
         ]
-        return Hold(placement, request.prompt_tokens, self._promises, promises)
+
+
+def _chains(salt: str, context: Sequence[int], known: Sequence[KnownWorker]) -> dict[KvLayout, Chain]:
+    """The names of the context's blocks, in each of the layouts that workers have."""
+    layouts = {worker.layout for worker in known}
+    return {layout: Chain(layout.root(salt), context, layout.block_size) for layout in layouts}

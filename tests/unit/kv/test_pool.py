@@ -50,6 +50,25 @@ def test_eviction_takes_the_least_recently_used_leaf() -> None:
     assert [pool.match(chain_of(tokens)) for tokens in ([1, 2], [7, 8])] == [1, 2]
 
 
+def test_copies_go_before_what_was_used_longer_ago_unless_they_are_used_again() -> None:
+    pool = BlockPool(4)
+    pool.release(write(pool, [1, 2]))
+    pool.release_copies(write(pool, [7, 8]))
+    pool.release(pool.allocate(1))
+    assert [pool.match(chain_of(tokens)) for tokens in ([1, 2], [7, 8])] == [2, 1]
+    pool.release(write(pool, [7]))
+    pool.release(pool.allocate(2))
+    assert [pool.match(chain_of(tokens)) for tokens in ([1, 2], [7, 8])] == [1, 1]
+
+
+def test_copies_stay_while_something_kept_lies_behind_them() -> None:
+    pool = BlockPool(4)
+    pool.release(write(pool, [1, 2, 3]))
+    pool.release_copies(write(pool, [1, 2]))
+    pool.allocate(2)
+    assert pool.match(chain_of([1, 2, 3])) == 2
+
+
 def test_sharing_what_another_block_already_holds_frees_the_copy() -> None:
     pool = BlockPool(4)
     chain = chain_of([5])
@@ -93,7 +112,8 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         _, blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.pool.release(blocks)
+        release = self.pool.release_copies if data.draw(st.booleans()) else self.pool.release
+        release(blocks)
 
     @rule(count=st.integers(1, 4))
     def use_privately(self, count: int) -> None:

@@ -30,6 +30,24 @@ KIB = 1024
 TIERED = {"host_bytes_per_s": 4e9, "disk_bytes_per_s": 5e8}
 
 
+class TestExpected:
+    def test_blocks_of_prompts_on_their_way_to_a_worker_need_no_computing_there(self) -> None:
+        request = prompt(2000, expected={"p0": 100}, held={"p0": 20})
+        assert prefill_cost(prefiller(), request).cached_tokens == 1600
+        assert prefill_cost(prefiller("p1"), request).cached_tokens == 0
+
+    def test_a_burst_that_begins_alike_goes_to_one_worker(self) -> None:
+        request = prompt(2000, expected={"p0": 120})
+        busy = prefiller("p0", waiting=1, queued_tokens=1000)
+        assert place(request, busy, prefiller("p1"), decoder()).computing.worker_id == "p0"
+
+    def test_nobody_pulls_what_is_only_expected(self) -> None:
+        request = prompt(2000, expected={"p0": 120})
+        busy = prefiller("p0", waiting=9, queued_tokens=90_000)
+        placement = place(request, busy, prefiller("p1"), decoder())
+        assert (placement.computing.worker_id, placement.pull) == ("p1", None)
+
+
 class TestTiers:
     def test_blocks_in_host_memory_are_read_where_that_is_faster_than_computing(self) -> None:
         request = prompt(2000, held={"p0": 100}, tiers={"p0": TierCounts(device=20, host=80)})

@@ -79,6 +79,12 @@ class TestReplay:
         assert result.hit_rate > 1.25 * replay(requests, "least-loaded", CLUSTER).hit_rate
         assert result.imbalance < 1.2
 
+    def test_separate_workers_do_not_keep_two_copies_for_long(self) -> None:
+        requests = excerpt()
+        small = replace(SPLIT, blocks_per_worker=1000)
+        optimum = single_cache_hit_rate(requests, 4 * small.blocks_per_worker)
+        assert replay(requests, "prefix", small).hit_rate > optimum - 0.03
+
     def test_two_routers_do_about_as_well_as_one(self) -> None:
         requests = excerpt()
         one = replay(requests, "prefix", CLUSTER)
