@@ -59,13 +59,20 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
         self, requests: AsyncIterator[worker_pb2.SessionRequest], context: grpc.aio.ServicerContext
     ) -> None:
         self.sessions += 1
-        writing = asyncio.Lock()
+        outputs: asyncio.Queue[worker_pb2.RequestOutput] = asyncio.Queue()
         broken = asyncio.Event()
 
         async def write(output: worker_pb2.RequestOutput) -> None:
-            async with writing:
-                load = worker_pb2.WorkerLoad(total_blocks=4096, free_blocks=4000)
+            outputs.put_nowait(output)
+            await outputs.join()
+
+        async def write_all() -> None:
+            """A task of its own: a write cancelled half-way, with its request, would end the session."""
+            load = worker_pb2.WorkerLoad(total_blocks=4096, free_blocks=4000)
+            while True:
+                output = await outputs.get()
                 await context.write(worker_pb2.StepOutputs(outputs=[output], load=load))
+                outputs.task_done()
 
         async def read(tasks: asyncio.TaskGroup) -> None:
             async for message in requests:
@@ -83,8 +90,9 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
             async with asyncio.TaskGroup() as tasks:
                 reading = tasks.create_task(read(tasks))
                 breaking = tasks.create_task(broken.wait())
+                writing = tasks.create_task(write_all())
                 await asyncio.wait([reading, breaking], return_when=asyncio.FIRST_COMPLETED)
-                for task in (reading, breaking, *self.running.values()):
+                for task in (reading, breaking, writing, *self.running.values()):
                     task.cancel()
         finally:
             self.sessions -= 1
