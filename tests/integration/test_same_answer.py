@@ -28,10 +28,10 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(scope="module")
-def apart(start_cluster: StartCluster) -> Iterator[Cluster]:
-    """Prefills remotely whatever the curves predict."""
-    with start_cluster("--policy", "round-robin") as up:
+@pytest.fixture(scope="module", params=["off", "on"], ids=["in-turn", "overlapped"])
+def apart(start_cluster: StartCluster, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Prefills remotely whatever the curves predict; its steps run in turn, then overlapped."""
+    with start_cluster("--policy", "round-robin", "--overlap", request.param) as up:
         yield up
 
 
