@@ -92,5 +92,6 @@ class DecodeGraphs:
         def compute() -> None:
             logits.copy_(model.logits(model.forward(tokens, positions, attention)))
 
-        rows.begin(AttentionBatch([], [], []))
-        self._graphs[size] = _Graph(rows, device.graph(compute))
+        with device.current():
+            rows.begin(AttentionBatch([], [], []))
+            self._graphs[size] = _Graph(rows, device.graph(compute))
