@@ -45,7 +45,7 @@ class DecodeServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Session(self, request_iterator, context):
-        """One long-lived stream per router. Down go Start and Cancel; up comes one StepOutputs per engine
+        """One long-lived stream per router. Down go starts and cancels; up comes one StepOutputs per engine
         step with the new tokens of every request of this session in the batch. When the stream ends,
         every request of the session is cancelled and its blocks are freed.
         """
