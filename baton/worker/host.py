@@ -7,7 +7,7 @@ import logging
 import signal
 import uuid
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from baton.machine import usable_cores
 from baton.model_folder import model_folder
 from baton.models.base import Model
 from baton.models.loader import load_model
-from baton.routing.rates import notably_differ
 from baton.routing.view import Curve, Role
 from baton.rpc.kvstore_client import WorkerMembership
 from baton.rpc.registry_watch import Peer as KnownWorker
@@ -60,7 +59,6 @@ log = logging.getLogger(__name__)
 PREFILL_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _LOAD_REPORT_S = 0.1
-_WARM_UP_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ class Loaded:
     prefill_curve: dict[int, float]
     decode_curve: dict[int, float]
     tiers: TierStore | None
+    tier_rates: dict[Tier, float]
 
 
 def load(settings: Settings, startup: Startup) -> Loaded:
@@ -120,11 +119,13 @@ def load(settings: Settings, startup: Startup) -> Loaded:
     tokens = chosen.max_batch_tokens or max(knee(prefill), chosen.max_batch_requests)
     limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
     pace = Pace(chosen.itl_target_s, _curve(prefill), _curve(decode))
-    tiers = _add_tiers(chosen, pool, attention.cache)
-    return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers)
+    tiers, rates = _add_tiers(chosen, pool, attention.cache)
+    return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers, rates)
 
 
-def _add_tiers(chosen: EngineSettings, pool: BlockPool, cache: KvCache) -> TierStore | None:
+def _add_tiers(
+    chosen: EngineSettings, pool: BlockPool, cache: KvCache
+) -> tuple[TierStore | None, dict[Tier, float]]:
     """Put the tiers that the settings ask for below the pool, and measure how fast blocks come up.
 
     Raises:
@@ -139,14 +140,14 @@ def _add_tiers(chosen: EngineSettings, pool: BlockPool, cache: KvCache) -> TierS
     if disk_slots and not host_slots:
         raise BatonError("blocks reach the disk through host memory: --kv-disk-bytes needs --kv-host-bytes")
     if not host_slots:
-        return None
+        return None, {}
     disk = BlockFile(Path(chosen.kv_disk_path), disk_slots, block_bytes) if disk_slots else None
     store = TierStore(cache.storage, host_slots, disk)
     blocks = pool.allocate(min(pool.total_blocks, disk_slots or host_slots))
-    store.measure(blocks)
+    rates = store.measure(blocks)
     pool.release(blocks)
     pool.put_below(LowerTiers(host_slots, disk_slots, store))
-    return store
+    return store, rates
 
 
 async def run_worker(settings: Settings) -> None:
@@ -182,7 +183,6 @@ class Worker:
         peers: Peers,
         description: kvstore_pb2.Worker,
         server: Server,
-        tiers: TierStore | None,
     ) -> None:
         self.failure: BaseException | None = None
         self._settings = settings
@@ -191,7 +191,6 @@ class Worker:
         self._peers = peers
         self._description = description
         self._server = server
-        self._tiers = tiers
 
     @classmethod
     async def assemble(
@@ -246,7 +245,7 @@ class Worker:
 
         description = _describe(state, loaded, f"{chosen.worker_host}:{port}", settings.model.device)
         membership = WorkerMembership(settings.kvstore.kvstore, description, snapshot)
-        worker = cls(settings, state, membership, peers, description, server, loaded.tiers)
+        worker = cls(settings, state, membership, peers, description, server)
 
         def died(error: BaseException) -> None:
             worker.failure = error
@@ -263,17 +262,13 @@ class Worker:
         server.add(worker_pb2_grpc.add_WorkerAdminServicer_to_server, admin, "baton.v1.WorkerAdmin")
         engine.start()
         await server.start()
-        worker.announce()
         return worker
 
     def announce(self) -> None:
-        """Tell the registry what changed in role, draining or the speed of tiers."""
+        """Tell the registry what changed in role or draining."""
         description = kvstore_pb2.Worker()
         description.CopyFrom(self._description)
         description.role = ROLE_NUMBERS[self._state.role]
-        rates = self._tier_rates()
-        description.host_bytes_per_s = rates.get(Tier.HOST, 0.0)
-        description.disk_bytes_per_s = rates.get(Tier.DISK, 0.0)
         self._membership.change(worker=description, draining=self._state.draining)
 
     async def serve(self, stop: asyncio.Event, startup: Startup) -> None:
@@ -281,11 +276,16 @@ class Worker:
         state, chosen = self._state, self._settings.worker
         kvstore = self._settings.kvstore
         async with asyncio.TaskGroup() as tasks:
-            warm_up = _WarmUp(self._peers, state.worker_id, tasks)
-            watch = RegistryWatch(kvstore.kvstore, ttl_s=kvstore.worker_ttl_s, listener=warm_up)
-            background = [tasks.create_task(watch.run()), tasks.create_task(self._report())]
-            await warm_up.done(watch)
-            background.append(tasks.create_task(self._membership.run()))
+            watch = RegistryWatch(
+                kvstore.kvstore,
+                ttl_s=kvstore.worker_ttl_s,
+                listener=_WarmUp(self._peers, state.worker_id, tasks),
+            )
+            background = [
+                tasks.create_task(self._membership.run()),
+                tasks.create_task(watch.run()),
+                tasks.create_task(self._report()),
+            ]
             await self._server.set_serving(True)
             log.info(
                 "ready: %s serves %s on %s, %d KV blocks of %d tokens, metrics on %s, attention %s, %s",
@@ -306,19 +306,12 @@ class Worker:
             for task in background:
                 task.cancel()
 
-    def _tier_rates(self) -> dict[Tier, float]:
-        return {} if self._tiers is None else self._tiers.read_rates()
-
     async def _report(self) -> None:
         """Keep the registry current with the load and the speed of reads."""
         engine = self._state.engine
         last = None
         rates: dict[str, float] = {}
-        tier_rates = self._tier_rates()
         while True:
-            if notably_differ(tier_rates, now_rates := self._tier_rates()):
-                self.announce()
-                tier_rates = now_rates
             if (measured := self._peers.read_rates()) != rates:
                 self._membership.report_reads(measured)
                 rates = measured
@@ -336,21 +329,10 @@ class _WarmUp(PeerListener):
         self._peers = peers
         self._own_id = own_id
         self._tasks = tasks
-        self._connecting: set[asyncio.Task[None]] = set()
-
-    async def done(self, watch: RegistryWatch) -> None:
-        """Wait until the workers that were there first can be read from, but no longer than is of use: a
-        kvstore or a worker may be away."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_WARM_UP_S):
-                await watch.ready()
-                await asyncio.gather(*map(asyncio.shield, self._connecting))
 
     def worker_added(self, peer: KnownWorker) -> None:
         if peer.view.worker_id != self._own_id:
-            task = self._tasks.create_task(self._connect(peer))
-            self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
+            self._tasks.create_task(self._connect(peer))
 
     def worker_gone(self, peer: KnownWorker) -> None:
         self._tasks.create_task(self._peers.forget(peer.view.address, peer.view.incarnation))
@@ -376,6 +358,8 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         device=device,
         prefill_curve=_points(loaded.prefill_curve),
         decode_curve=_points(loaded.decode_curve),
+        host_bytes_per_s=loaded.tier_rates.get(Tier.HOST, 0.0),
+        disk_bytes_per_s=loaded.tier_rates.get(Tier.DISK, 0.0),
     )
 
 
