@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import fastokens
 import tokenizers
+
+try:
+    import fastokens
+except ImportError:  # there are no wheels of it for every machine
+    fastokens = None
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,9 @@ def encoder(reference: tokenizers.Tokenizer) -> Encode:
         ids: list[int] = reference.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
+    if fastokens is None:
+        log.info("the tokenizer is encoded by tokenizers, several times slower: fastokens is not installed")
+        return slowly
     try:
         fast = fastokens.Tokenizer.from_json_str(reference.to_str())
     except Exception as error:  # the library raises what its parts raise

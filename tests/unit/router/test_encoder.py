@@ -68,3 +68,8 @@ def test_a_fast_encoder_that_disagrees_is_not_used(
     monkeypatch.setattr(fastokens.Tokenizer, "from_json_str", staticmethod(lambda _: other))
     assert encoder(REFERENCES["bundled"])("the", True) == REFERENCES["bundled"].encode("the").ids
     assert "differently" in caplog.text
+
+
+def test_without_fastokens_the_reference_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.text.encoder.fastokens", None)
+    assert encoder(REFERENCES["bundled"])("the end", True) == REFERENCES["bundled"].encode("the end").ids
