@@ -35,7 +35,7 @@ async def serve(settings: Settings) -> None:
     # What was loaded at start stays: spare the garbage collector from looking at it again and again.
     gc.collect()
     gc.freeze()
-    # A request makes a thousand objects and no cycles: by default it would look twice at what is in flight.
+    # A request makes a thousand objects and hardly a cycle: by default it would look at every one in flight.
     gc.set_threshold(50_000, 20, 100)
     await router.run(stop, asyncio.Event())
 
