@@ -60,7 +60,8 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
     kvstore = _reachable(store.kvstore_host, kvstore_port)
     engine = _engine_flags(settings, len(roles))
     if settings.model.device == "cpu":
-        check_memory(folder, settings.model.dtype, len(roles), settings.engine.kv_bytes)
+        kv_bytes = settings.engine.kv_bytes + settings.engine.kv_host_bytes
+        check_memory(folder, settings.model.dtype, len(roles), kv_bytes)
 
     readiness = Readiness(kvstore)
     passed_on = _passed_on(settings, given)

@@ -38,12 +38,12 @@ def claim_port(host: str, port: int, flag: str) -> int:
 
 
 def check_memory(folder: Path, dtype: str, workers: int, kv_bytes: int) -> None:
-    """Refuse a cluster whose weights and KV pools cannot fit in this machine's free memory.
+    """Refuse a cluster whose weights and KV cannot fit in this machine's free memory.
 
     Args:
         folder: of the model.
         dtype: of the weights in memory, or `auto` for float32.
-        kv_bytes: of each worker's KV pool, 0 when the worker chooses.
+        kv_bytes: of each worker's KV pool, 0 when the worker chooses, and of its host tier.
 
     Raises:
         CannotStart: says how much is needed and how much there is.
@@ -58,5 +58,5 @@ def check_memory(folder: Path, dtype: str, workers: int, kv_bytes: int) -> None:
         raise CannotStart(
             f"too little memory: {workers} workers need {workers * each / _GIB:.1f} GiB for weights and KV, "
             f"and {available / _GIB:.1f} GiB is free; start fewer workers, or choose --dtype bfloat16 or "
-            "less --kv-bytes"
+            "less --kv-bytes or --kv-host-bytes"
         )

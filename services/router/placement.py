@@ -27,6 +27,8 @@ _BATCH = 64
 # Conversations whose last decode worker is remembered.
 _CONVERSATIONS = 65_536
 
+_Conversation = tuple[str, str]
+
 Decision = TypeVar("Decision")
 
 
@@ -68,7 +70,7 @@ class Placer:
         self._correction = Correction()
         self._promises = Promises(self._correction.apply, cluster.reservations)
         self._expected = Expected()
-        self._conversations: dict[str, str] = {}
+        self._conversations: dict[_Conversation, str] = {}
         self.suspects = Suspects()
 
     def place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
@@ -86,7 +88,7 @@ class Placer:
         view = self._view(known)
         placement = self._away_from_suspects(request, lambda asked: self._policy.place(asked, view))
         if request.session:
-            self._remember(request.session, placement.decode.worker_id)
+            self._remember(_conversation(generation), placement.decode.worker_id)
         block_ids: Sequence[bytes] = ()
         if placement.compute_tokens > request.block_size:
             block_ids = list(chains[self._cluster.workers[placement.computing.worker_id].layout])
@@ -228,12 +230,12 @@ class Placer:
             avoid=avoid,
             slo=generation.caller.slo,
             session=generation.caller.session,
-            session_worker=self._conversations.get(generation.caller.session),
+            session_worker=self._conversations.get(_conversation(generation)),
         )
 
-    def _remember(self, session: str, worker_id: str) -> None:
-        self._conversations.pop(session, None)
-        self._conversations[session] = worker_id
+    def _remember(self, conversation: _Conversation, worker_id: str) -> None:
+        self._conversations.pop(conversation, None)
+        self._conversations[conversation] = worker_id
         if len(self._conversations) > _CONVERSATIONS:
             del self._conversations[next(iter(self._conversations))]
 
@@ -250,6 +252,11 @@ class Placer:
             )
             for worker_id in {decode, computing}
         ]
+
+
+def _conversation(generation: Generation) -> _Conversation:
+    """Tenants may use the same session ids, and must not learn of each other by them."""
+    return generation.cache_salt, generation.caller.session
 
 
 def _chains(salt: str, context: Sequence[int], known: Sequence[KnownWorker]) -> dict[KvLayout, Chain]:

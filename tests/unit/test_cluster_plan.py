@@ -172,3 +172,8 @@ def test_memory_is_counted_in_the_dtype_that_weights_will_have(
         check_memory(model, "auto", workers=2, kv_bytes=0)
     with pytest.raises(CannotStart, match="too little memory"):
         check_memory(model, "bfloat16", workers=1, kv_bytes=2001)
+
+
+def test_the_host_tier_counts_as_memory(model: Path) -> None:
+    with pytest.raises(CannotStart, match=r"too little memory: 2 workers .*--kv-host-bytes"):
+        plan(model, hybrid=2, kv_host_bytes=10**15)

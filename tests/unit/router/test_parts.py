@@ -137,11 +137,22 @@ def test_the_prefix_decides_and_a_salt_keeps_tenants_apart() -> None:
     place, cluster = placer("prefix", *(known(name, "x:1") for name in ("a", "b", "c")))
     chain = extend_chain(LAYOUT.root(""), list(range(160)), 16)
     cluster.index.apply(WorkerEvents("b", "one", 1, True, (Stored(chain),)))
-    request = place._request(generation(160), [], frozenset(), place._reachable())
+    request = place.explain(generation(160))[0]
     assert dict(request.held) == {"b": 10}
     assert request.blocks == 11
-    other = place._request(generation(160, "tenant"), [], frozenset(), place._reachable())
+    other = place.explain(generation(160, "tenant"))[0]
     assert not other.held
+
+
+def test_prompts_on_their_way_count_as_held_for_their_tenant_until_they_are_computed() -> None:
+    place, _ = placer("prefix", known("a", "x:1"), known("b", "x:2"))
+    hold = place.place(generation(160), [], frozenset())
+    where = hold.placement.computing.worker_id
+    assert place.explain(generation(160))[0].expected == {where: 10}
+    assert place.explain(generation(160, "tenant"))[0].expected == {}
+    hold.release()
+    hold.release()
+    assert place.explain(generation(160))[0].expected == {}
 
 
 def test_other_routers_promises_count_and_ones_own_are_told() -> None:
@@ -161,10 +172,12 @@ def test_other_routers_promises_count_and_ones_own_are_told() -> None:
 def test_a_conversation_is_followed_to_its_worker() -> None:
     place, _ = placer("prefix", *(known(name, "x:1") for name in "abcdefgh"))
     first = place.place(generation(160, session="s"), [], frozenset()).placement.decode.worker_id
-    request = place._request(generation(160, session="s"), [], frozenset(), place._reachable())
+    request = place.explain(generation(160, session="s"))[0]
     assert (request.session, request.session_worker) == ("s", first)
-    stranger = place._request(generation(160, session="t"), [], frozenset(), place._reachable())
+    stranger = place.explain(generation(160, session="t"))[0]
     assert stranger.session_worker is None
+    other_tenant, _ = place.explain(generation(160, "tenant", session="s"))
+    assert other_tenant.session_worker is None
 
 
 def test_prefill_only_and_avoided_workers_cannot_decode() -> None:
