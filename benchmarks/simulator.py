@@ -198,9 +198,9 @@ def mooncake(name: str, path: Path | None, paper: str, arguments: argparse.Names
     CONSOLE.print(table)
     CONSOLE.print(
         f"Unlike the paper: Llama-2-70B by Splitwise's measurements, {LLAMA_KV_TOKENS // 1000} k tokens "
-        "of KV per worker and no DRAM pool; 100 Gb/s per worker; the second target is the mean time per token "
-        "(0.1 s), not the longest tenth; the first part of the trace, sped up; colocated workers compute "
-        "prompts in chunks of 2048 beside decodes; caches are cold at the start.",
+        "of KV per worker and no DRAM pool; 100 Gb/s per worker; the second target is the mean time per "
+        "token (0.1 s), not the longest tenth; the first part of the trace, sped up; colocated workers "
+        "compute prompts in chunks of 2048 beside decodes; caches are cold at the start.",
         highlight=False,
     )
     aware, colocated = best["disaggregated", "prefix"], best["colocated", "least-loaded"]
