@@ -186,8 +186,7 @@ def decode_cost_s(worker: WorkerView, request: Request) -> float:
     there = worker.running + worker.waiting
     output_tokens = request.blocks * request.block_size - request.prompt_tokens
     steps = max(1, min(_FORESEEN_STEPS, output_tokens))
-    # A noisy curve can fall with size; adding a request never makes the others faster.
-    added = steps * max(step(there + 1), (there + 1) * step(there + 1) - there * step(there))
+    added = steps * ((there + 1) * step(there + 1) - there * step(there))
     missing = request.missing_blocks(worker)
     if missing:
         in_use = max(1, worker.total_blocks - worker.free_blocks)

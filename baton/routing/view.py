@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -46,6 +46,22 @@ class Curve:
 
     points: tuple[tuple[float, float], ...] = ()
     scale: float = 1.0
+
+    @classmethod
+    def measured(cls, points: Iterable[tuple[float, float]]) -> Curve:
+        """The curve through measurements, in any order, whose noise must not make more work look faster:
+        neighbours that fall with size, or stay the same, become one point between them."""
+        rising: list[tuple[float, float, int]] = []
+        for size, seconds in sorted(points):
+            count = 1
+            while rising and rising[-1][1] >= seconds:
+                last_size, last_seconds, last_count = rising.pop()
+                both = last_count + count
+                size = (last_size * last_count + size * count) / both
+                seconds = (last_seconds * last_count + seconds * count) / both
+                count = both
+            rising.append((size, seconds, count))
+        return cls(tuple((size, seconds) for size, seconds, _ in rising))
 
     def seconds(self, size: float) -> float:
         """Predicted seconds at `size`, never negative."""

@@ -206,4 +206,4 @@ def _rate(measured: float) -> float:
 
 
 def _curve(points: Sequence[kvstore_pb2.CurvePoint]) -> Curve:
-    return Curve(tuple((float(point.size), point.seconds) for point in points))
+    return Curve.measured((float(point.size), point.seconds) for point in points)

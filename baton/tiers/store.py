@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 
 import torch
 
 from baton.kv.events import Tier
 from baton.kv.lower import Held, Spill
+from baton.routing.rates import ReadRates
 from baton.tiers.disk import BlockFile
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class TierStore:
         self._staged = torch.empty(block_bytes, dtype=torch.uint8, pin_memory=cuda)
         self._down = _stream(storage.device) if cuda else None
         self._up = _stream(storage.device) if cuda else None
+        self._rates = ReadRates[Tier]()
+        self._told_of_disk = False
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="kv-fetch")
         self._spilling = ThreadPoolExecutor(1, thread_name_prefix="kv-spill")
 
@@ -68,21 +72,24 @@ class TierStore:
         work = [(spill, spill.held.slot) for spill in spills]
         self._spilling.submit(_reporting, lambda: self._spill(work, done))
 
-    def measure(self, blocks: Sequence[int]) -> dict[Tier, float]:
-        """Bytes per second into the pool from each tier; call it before anything is stored.
+    def read_rates(self) -> dict[Tier, float]:
+        """Bytes per second into the pool from each tier: what was measured at start, corrected by reads."""
+        return self._rates.now()
+
+    def measure(self, blocks: Sequence[int]) -> None:
+        """Find the read rates that reads will correct; call it before anything is stored.
 
         What is in the pool's `blocks` is lost.
         """
         block_bytes = self._pool.shape[1]
         count = min(len(blocks), self._host.shape[0], max(1, _MEASURED_BYTES // block_bytes))
         self._host[:count].zero_()
-        rates = {Tier.HOST: self._rate(Tier.HOST, blocks[:count])}
+        self._begin_rate(Tier.HOST, blocks[:count])
         if self._disk is not None:
             for slot in range(count):
                 self._disk.write(slot, _bytes(self._host[slot]))
             self._disk.forget_cached_pages()
-            rates[Tier.DISK] = self._rate(Tier.DISK, blocks[:count])
-        return rates
+            self._begin_rate(Tier.DISK, blocks[:count])
 
     def close(self) -> None:
         """Wait for the jobs that run; those that wait are dropped."""
@@ -92,18 +99,30 @@ class TierStore:
             self._disk.close()
 
     def _fetch(self, places: Sequence[tuple[Tier, int]], blocks: Sequence[int]) -> list[str]:
-        reasons = [""] * len(places)
+        fetched, reason = 0, ""
         try:
-            with _on(self._up):
-                for index, ((tier, slot), block) in enumerate(zip(places, blocks, strict=True)):
-                    if reason := self._fetch_one(tier, slot, block):
-                        reasons[index:] = [reason] * (len(places) - index)
-                        break
-            _finish(self._up)
+            for tier, group in groupby(zip(places, blocks, strict=True), key=lambda move: move[0][0]):
+                count, reason = self._fetch_from(tier, [(slot, block) for (_, slot), block in group])
+                fetched += count
+                if reason:
+                    break
         except Exception:  # whoever waits for these blocks must hear of it
             log.exception("KV blocks could not be brought up")
             return ["error"] * len(places)
-        return reasons
+        return [""] * fetched + [reason] * (len(places) - fetched)
+
+    def _fetch_from(self, tier: Tier, moves: Sequence[tuple[int, int]]) -> tuple[int, str]:
+        """Copy slots of one tier to blocks of the pool; how many came, and why not the next one."""
+        started = time.perf_counter()
+        count, reason = 0, ""
+        with _on(self._up):
+            for slot, block in moves:
+                if reason := self._fetch_one(tier, slot, block):
+                    break
+                count += 1
+        _finish(self._up)
+        self._rates.note(tier, count * self._pool.shape[1], time.perf_counter() - started)
+        return count, reason
 
     def _fetch_one(self, tier: Tier, slot: int, block: int) -> str:
         if tier is Tier.HOST:
@@ -121,18 +140,25 @@ class TierStore:
             done(spill, self._write(spill.disk_slot, host_slot))
 
     def _write(self, disk_slot: int, host_slot: int) -> bool:
+        if self._disk is None:
+            return False
         try:
-            if self._disk is not None:
-                self._disk.write(disk_slot, _bytes(self._host[host_slot]))
-                return True
-        except Exception as error:
-            log.warning("a KV block could not be written to --kv-disk-path: %s", error)
-        return False
+            self._disk.write(disk_slot, _bytes(self._host[host_slot]))
+        except (OSError, ValueError) as error:
+            if not self._told_of_disk:
+                self._told_of_disk = True
+                log.warning("KV blocks cannot be written to --kv-disk-path and are dropped: %s", error)
+            return False
+        if self._told_of_disk:
+            self._told_of_disk = False
+            log.info("KV blocks are written to --kv-disk-path again")
+        return True
 
-    def _rate(self, tier: Tier, blocks: Sequence[int]) -> float:
+    def _begin_rate(self, tier: Tier, blocks: Sequence[int]) -> None:
         started = time.perf_counter()
         self._fetch([(tier, slot) for slot in range(len(blocks))], blocks)
-        return len(blocks) * self._pool.shape[1] / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._rates.begin(tier, len(blocks) * self._pool.shape[1] / seconds)
 
 
 def _bytes(block: torch.Tensor) -> memoryview:

@@ -32,6 +32,7 @@ from baton.machine import usable_cores
 from baton.model_folder import model_folder
 from baton.models.base import Model
 from baton.models.loader import load_model
+from baton.routing.rates import notably_differ
 from baton.routing.view import Curve, Role
 from baton.rpc.kvstore_client import WorkerMembership
 from baton.rpc.registry_watch import Peer as KnownWorker
@@ -72,7 +73,6 @@ class Loaded:
     prefill_curve: dict[int, float]
     decode_curve: dict[int, float]
     tiers: TierStore | None
-    tier_rates: dict[Tier, float]
 
 
 def load(settings: Settings, startup: Startup) -> Loaded:
@@ -119,13 +119,11 @@ def load(settings: Settings, startup: Startup) -> Loaded:
     tokens = chosen.max_batch_tokens or max(knee(prefill), chosen.max_batch_requests)
     limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
     pace = Pace(chosen.itl_target_s, _curve(prefill), _curve(decode))
-    tiers, rates = _add_tiers(chosen, pool, attention.cache)
-    return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers, rates)
+    tiers = _add_tiers(chosen, pool, attention.cache)
+    return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers)
 
 
-def _add_tiers(
-    chosen: EngineSettings, pool: BlockPool, cache: KvCache
-) -> tuple[TierStore | None, dict[Tier, float]]:
+def _add_tiers(chosen: EngineSettings, pool: BlockPool, cache: KvCache) -> TierStore | None:
     """Put the tiers that the settings ask for below the pool, and measure how fast blocks come up.
 
     Raises:
@@ -140,14 +138,14 @@ def _add_tiers(
     if disk_slots and not host_slots:
         raise BatonError("blocks reach the disk through host memory: --kv-disk-bytes needs --kv-host-bytes")
     if not host_slots:
-        return None, {}
+        return None
     disk = BlockFile(Path(chosen.kv_disk_path), disk_slots, block_bytes) if disk_slots else None
     store = TierStore(cache.storage, host_slots, disk)
     blocks = pool.allocate(min(pool.total_blocks, disk_slots or host_slots))
-    rates = store.measure(blocks)
+    store.measure(blocks)
     pool.release(blocks)
     pool.put_below(LowerTiers(host_slots, disk_slots, store))
-    return store, rates
+    return store
 
 
 async def run_worker(settings: Settings) -> None:
@@ -183,6 +181,7 @@ class Worker:
         peers: Peers,
         description: kvstore_pb2.Worker,
         server: Server,
+        tiers: TierStore | None,
     ) -> None:
         self.failure: BaseException | None = None
         self._settings = settings
@@ -191,6 +190,7 @@ class Worker:
         self._peers = peers
         self._description = description
         self._server = server
+        self._tiers = tiers
 
     @classmethod
     async def assemble(
@@ -245,7 +245,7 @@ class Worker:
 
         description = _describe(state, loaded, f"{chosen.worker_host}:{port}", settings.model.device)
         membership = WorkerMembership(settings.kvstore.kvstore, description, snapshot)
-        worker = cls(settings, state, membership, peers, description, server)
+        worker = cls(settings, state, membership, peers, description, server, loaded.tiers)
 
         def died(error: BaseException) -> None:
             worker.failure = error
@@ -262,13 +262,17 @@ class Worker:
         server.add(worker_pb2_grpc.add_WorkerAdminServicer_to_server, admin, "baton.v1.WorkerAdmin")
         engine.start()
         await server.start()
+        worker.announce()
         return worker
 
     def announce(self) -> None:
-        """Tell the registry what changed in role or draining."""
+        """Tell the registry what changed in role, draining or the speed of tiers."""
         description = kvstore_pb2.Worker()
         description.CopyFrom(self._description)
         description.role = ROLE_NUMBERS[self._state.role]
+        rates = self._tier_rates()
+        description.host_bytes_per_s = rates.get(Tier.HOST, 0.0)
+        description.disk_bytes_per_s = rates.get(Tier.DISK, 0.0)
         self._membership.change(worker=description, draining=self._state.draining)
 
     async def serve(self, stop: asyncio.Event, startup: Startup) -> None:
@@ -306,12 +310,19 @@ class Worker:
             for task in background:
                 task.cancel()
 
+    def _tier_rates(self) -> dict[Tier, float]:
+        return {} if self._tiers is None else self._tiers.read_rates()
+
     async def _report(self) -> None:
         """Keep the registry current with the load and the speed of reads."""
         engine = self._state.engine
         last = None
         rates: dict[str, float] = {}
+        tier_rates = self._tier_rates()
         while True:
+            if notably_differ(tier_rates, now_rates := self._tier_rates()):
+                self.announce()
+                tier_rates = now_rates
             if (measured := self._peers.read_rates()) != rates:
                 self._membership.report_reads(measured)
                 rates = measured
@@ -358,8 +369,6 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         device=device,
         prefill_curve=_points(loaded.prefill_curve),
         decode_curve=_points(loaded.decode_curve),
-        host_bytes_per_s=loaded.tier_rates.get(Tier.HOST, 0.0),
-        disk_bytes_per_s=loaded.tier_rates.get(Tier.DISK, 0.0),
     )
 
 
@@ -370,7 +379,7 @@ def _overlaps(settings: Settings) -> bool:
 
 
 def _curve(measured: dict[int, float]) -> Curve:
-    return Curve(tuple(sorted(measured.items())))
+    return Curve.measured(measured.items())
 
 
 def _points(curve: dict[int, float]) -> list[kvstore_pb2.CurvePoint]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -46,6 +47,25 @@ class TestExpected:
         busy = prefiller("p0", waiting=9, queued_tokens=90_000)
         placement = place(request, busy, prefiller("p1"), decoder())
         assert (placement.computing.worker_id, placement.pull) == ("p1", None)
+
+
+class TestCurve:
+    @given(st.dictionaries(st.integers(1, 4096), st.floats(1e-4, 10.0), max_size=8))
+    def test_more_work_never_looks_faster_however_noisy_the_measurement(
+        self, points: dict[int, float]
+    ) -> None:
+        curve = Curve.measured((float(size), seconds) for size, seconds in points.items())
+        seconds = [curve.seconds(size) for size in range(0, 9000, 97)]
+        assert all(later >= sooner - 1e-9 for sooner, later in pairwise(seconds))
+
+    def test_what_rises_is_left_as_it_was_measured(self) -> None:
+        assert Curve.measured([(2.0, 0.2), (1.0, 0.1)]).points == ((1.0, 0.1), (2.0, 0.2))
+
+    def test_neighbours_that_fall_meet_in_the_middle(self) -> None:
+        assert Curve.measured([(1.0, 0.1), (2.0, 0.4), (4.0, 0.2)]).points == (
+            (1.0, 0.1),
+            (3.0, pytest.approx(0.3)),
+        )
 
 
 class TestTiers:
