@@ -1,0 +1,229 @@
+"""Does the simulator say what a real cluster does? The same load on both, side by side.
+
+    python benchmarks/fidelity.py [--quick] [--html report.html]
+
+`baton profile` measures the steps of a model on this machine; `baton up` runs a cluster of the same model
+here; `baton bench` puts a load on it, open loop; and the same requests go through `baton.sim` with that
+profile. Nothing is fitted to the cluster's run: beside the profile the simulator gets what a message
+between two processes takes and what the router takes per request (`--message-s`, `--router-s`), and the speed
+of reads that `benchmarks/transfer.py` measures.
+
+The figures are the simulator's over the cluster's. The goal is to be within 15 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from rich.console import Console
+
+from baton import __version__
+from baton.bench.html import page
+from baton.bench.load import Synthetic, cut, timed
+from baton.bench.result import Result, Run, load, run_of
+from baton.bench.summary import Latency, Summary
+from baton.bench.table import table
+from baton.config import EngineSettings
+from baton.routing import Role
+from baton.sim.cluster import SimCluster, WorkerSpec
+from baton.sim.profiles import speed_of
+from baton.sim.simulator import simulate
+from baton.sim.workload import from_trace
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "baton-small"
+BATON = (sys.executable, "-m", "baton.cli.main")
+BLOCK_TOKENS = 16
+KV_BYTES_PER_TOKEN = 6 * 2 * 4 * 32 * 4  # layers, keys and values, heads, their size, float32
+READ_BYTES_PER_S = 5e9
+BATCH_TOKENS = 512
+KV_BYTES = 1 << 30
+READY_S = 120.0
+SEED = 11
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The cluster and its load; lengths in tokens."""
+
+    roles: tuple[Role, ...]
+    rate_per_s: float
+    input_tokens: int
+    output_tokens: int
+    spread: float = 0.5
+
+
+SHAPES = {
+    "1 hybrid": Shape((Role.HYBRID,), 2.0, 192, 48),
+    "1 prefill + 1 decode": Shape((Role.PREFILL, Role.DECODE), 2.0, 192, 48),
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    console = Console(width=100)
+    figures, runs = [], []
+    with tempfile.TemporaryDirectory(prefix="baton-fidelity-") as folder:
+        for name, shape in SHAPES.items():
+            real = measure(shape, arguments.seconds / len(SHAPES), Path(folder))
+            profile(Path(folder) / "profile.json")
+            modelled = model(shape, arguments, Path(folder) / "profile.json")
+            pair = [_named(f"{name}: cluster", real), _named(f"{name}: simulated", modelled)]
+            console.print(table(pair))
+            runs += pair
+            figures += compare(name, real.summary, modelled.summary)
+    result = Result("fidelity", time.strftime("%Y-%m-%d"), {"baton": __version__}, {}, runs)
+    arguments.html.write_text(page(result))
+    console.print(f"side by side: {arguments.html}")
+    report = {
+        "benchmark": "fidelity",
+        "device": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"baton": __version__, "python": platform.python_version()},
+        "figures": figures,
+    }
+    print(json.dumps(report))
+
+
+def profile(out: Path) -> None:
+    """What `baton profile` says of the model, with the threads that a worker has."""
+    sizes = ("--threads", "1", "--max-batch-tokens", str(BATCH_TOKENS), "--kv-bytes", str(KV_BYTES))
+    run(*BATON, "profile", "--model", str(MODEL), *sizes, "--out", str(out))
+
+
+def measure(shape: Shape, seconds: float, folder: Path) -> Run:
+    """The load on a real cluster."""
+    out = folder / "real.json"
+    with cluster(shape.roles, folder) as url:
+        run(
+            *BATON, "bench", "--url", url, "--request-rate", str(shape.rate_per_s), "--seed", str(SEED),
+            "--duration", str(seconds), "--input-len", str(shape.input_tokens), "--warmup", "8",
+            "--output-len", str(shape.output_tokens), "--range-ratio", str(shape.spread), "--out", str(out),
+        )  # fmt: skip
+    return load(out).runs[0]
+
+
+def model(shape: Shape, arguments: argparse.Namespace, steps: Path) -> Run:
+    """The same load in the simulator."""
+    speed = speed_of(str(steps))
+    made = Synthetic(shape.input_tokens, shape.output_tokens, spread=shape.spread)
+    # Drawn as `baton bench` draws them.
+    rows = timed(made.rows(Random(SEED)), "poisson", shape.rate_per_s, Random(SEED + 1))
+    asked = cut(rows, None, arguments.seconds / len(SHAPES))
+    worker = WorkerSpec(
+        Role.HYBRID,
+        speed,
+        kv_blocks=KV_BYTES // (BLOCK_TOKENS * KV_BYTES_PER_TOKEN),
+        max_batch_tokens=BATCH_TOKENS,
+        max_batch_requests=EngineSettings().max_batch_requests,
+        network_bytes_per_s=READ_BYTES_PER_S,
+    )
+    simulated = SimCluster(
+        workers=tuple(_with_role(worker, role) for role in shape.roles),
+        block_tokens=BLOCK_TOKENS,
+        kv_bytes_per_token=KV_BYTES_PER_TOKEN,
+        network_s=arguments.message_s,
+        router_s=arguments.router_s,
+    )
+    report = simulate(simulated, from_trace(asked, BLOCK_TOKENS))
+    return run_of("simulated", "the same", shape.rate_per_s, report.records, report.summary)
+
+
+def compare(name: str, real: Summary, modelled: Summary) -> list[dict[str, object]]:
+    """The simulator's figures over the cluster's."""
+    pairs = {
+        "output_tokens_per_s": (modelled.output_tokens_per_s, real.output_tokens_per_s),
+        **{
+            f"{field}_{percentile}": (
+                _seconds(getattr(modelled, field), percentile),
+                _seconds(getattr(real, field), percentile),
+            )
+            for field in ("ttft", "tpot")
+            for percentile in ("p50", "p90")
+        },
+    }
+    where = name.replace(" + ", "_").replace(" ", "_")
+    return [
+        {
+            "figure": f"{where}_{figure}_simulated_over_real",
+            "value": round(simulated / measured, 3),
+            "unit": "ratio",
+            "goal": "0.85 to 1.15",
+            "met": 0.85 <= simulated / measured <= 1.15,
+            "peer": "the real cluster",
+        }
+        for figure, (simulated, measured) in pairs.items()
+    ]
+
+
+@contextlib.contextmanager
+def cluster(roles: tuple[Role, ...], folder: Path) -> Iterator[str]:
+    """A cluster on this machine; its URL."""
+    counts = [arg for role in Role for arg in (f"--{role.value}", str(roles.count(role)))]
+    log = folder / "up.log"
+    sizes = ["--threads", "1", "--max-batch-tokens", str(BATCH_TOKENS), "--kv-bytes", str(KV_BYTES)]
+    command = [*BATON, "up", "--model", str(MODEL), *sizes, "--port", "0", "--grpc-port", "0"]
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *counts], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+    try:
+        deadline_s = time.monotonic() + READY_S
+        while "Ctrl-C stops everything" not in log.read_text():
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                sys.exit(f"the cluster did not start:\n{log.read_text()}")
+            time.sleep(0.2)
+        found = re.search(r"(http://\S+)", log.read_text())
+        assert found is not None
+        yield found[1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def run(*command: str) -> None:
+    """Run a command to its end, silently if all is well."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def _with_role(worker: WorkerSpec, role: Role) -> WorkerSpec:
+    return WorkerSpec(**{**vars(worker), "role": role})
+
+
+def _named(label: str, run: Run) -> Run:
+    return Run(label, run.load, run.rate, run.summary, run.requests, run.itl)
+
+
+def _seconds(latency: Latency | None, percentile: str) -> float:
+    seconds = None if latency is None else getattr(latency, percentile)
+    return float("inf") if seconds is None else float(seconds)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=300.0, help="of load in all [300]")
+    parser.add_argument("--message-s", type=float, default=0.0008, help="between two processes [0.0008]")
+    parser.add_argument("--router-s", type=float, default=0.0015, help="of the router per request [0.0015]")
+    parser.add_argument("--html", type=Path, default=Path("fidelity.html"), help="[fidelity.html]")
+    parser.add_argument("--quick", action="store_true", help="45 seconds of load")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.seconds = 45.0
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
