@@ -25,7 +25,7 @@ def usable_cores() -> int:
 
 
 def own_cores() -> tuple[int, ...]:
-    """The cores this process may divide as it likes, ascending: those of its affinity, which a cpuset narrows.
+    """The cores this process may divide as it likes, ascending: its affinity, which a cpuset narrows.
 
     Empty where the system does not tell them, and where a quota allows less than all of them: bound to a few,
     processes would stand in each other's way while others idle.
