@@ -35,7 +35,7 @@ Endpoint = Literal["completions", "chat", "grpc"]
 @click.option("--api-key", envvar="OPENAI_API_KEY", default="", help="[env OPENAI_API_KEY]")
 @click.option("--label", default="", help="name in the report [the server's address]")
 @click.option(
-    "--peer", "peers", multiple=True, metavar="LABEL=URL",
+    "--peer", "peers", multiple=True, metavar="LABEL=URL[#MODEL]",
     help="another server that gets the same load after the first; may be repeated",
 )  # fmt: skip
 @load_options
@@ -78,8 +78,9 @@ def _measure(url: str, given: dict[str, Any]) -> Result:
     for peer in given["peers"]:
         label, _, address = peer.partition("=")
         if not label or not address:
-            raise BadSetting(f"--peer {peer!r} is not LABEL=URL")
-        servers.append(Server(label, _client(address, given)))
+            raise BadSetting(f"--peer {peer!r} is not LABEL=URL or LABEL=URL#MODEL")
+        address, _, model = address.partition("#")
+        servers.append(Server(label, _client(address, {**given, "model": model or given["model"]})))
     plan = Bench(
         load_of(given, warmup=given["warmup"], text=given["text"]),
         Targets(given["slo_ttft"], given["slo_tpot"]),
