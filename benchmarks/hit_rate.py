@@ -10,9 +10,7 @@ at 8 k-token prompts, 160 KB of KV per token, 12.5 GB/s between any two. Ties ar
 move a hit rate by up to a point.
 
 - hit: prompt tokens whose KV was at hand in the worker's pool or, pulled, in another's
-- optimum: the same for one LRU cache of the size of all pools together, serving one request at a time. A
-  prefill and a decode worker both keep a prompt that went from one to the other, so pools split in two kinds
-  hold less than that cache, though more than one of half the size.
+- optimum: the same for one LRU cache of the size of all pools together, serving one request at a time.
 - busiest: the most loaded worker's seconds over the mean of its role's
 
 `prefix, 2 routers` are two that take turns, see each other's reservations 10 ms later and workers' reports
@@ -98,12 +96,11 @@ def measure(
         read_bytes_per_s=READ_BYTES_PER_S,
     )
     optimum = single_cache_hit_rate(requests, blocks)
-    half = single_cache_hit_rate(requests, blocks // 2)
     infinite = single_cache_hit_rate(requests, sum(len(request.chain) for request in requests))
     table = Table(
         "policy", "hit %", "pulled %", "busiest / mean", "TTFT p50 s", "p99 s", "busy %",
         title=f"{trace}, {len(requests)} requests on {layout}, {cache_tokens / 1e6:g} M tokens of pool: "
-        f"optimum {100 * optimum:.1f} %, half the size {100 * half:.1f} %, infinite {100 * infinite:.1f} %",
+        f"optimum {100 * optimum:.1f} %, infinite {100 * infinite:.1f} %",
     )  # fmt: skip
     runs = {name: (name, cluster) for name in get_args(PolicyName)}
     runs["prefix, 2 routers"] = ("prefix", replace(cluster, routers=2))
