@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from baton.bench.records import RequestRecord
 from baton.config import PolicyName
@@ -134,7 +134,7 @@ Controller = Callable[[Observed], Sequence[Action]]
 
 @dataclass
 class WorkerTotals:
-    """What one worker did, from `from_s` to `until_s`. Tokens are prompt tokens."""
+    """What one worker did, from `from_s` to `until_s`; `most_in_use` are blocks."""
 
     worker_id: str
     gpus: int
@@ -148,7 +148,7 @@ class WorkerTotals:
     preemptions: int = 0
     sent_bytes: float = 0.0
     received_bytes: float = 0.0
-    most_in_use: int = field(default=0)
+    most_in_use: int = 0
 
     @property
     def utilization(self) -> float:

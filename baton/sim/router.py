@@ -78,6 +78,12 @@ class Fleet:
         """Count work as the worker's until it reports it."""
         self.promises[worker_id].append(promise)
 
+    def release(self, worker_id: str, promise: Promise) -> None:
+        """The worker has the work, or will never have it."""
+        promises = self.promises.get(worker_id)
+        if promises is not None and promise in promises:
+            promises.remove(promise)
+
     def promised(self, worker_id: str, load: LoadReport, router: int) -> tuple[int, int, int]:
         """Requests, prompt tokens and blocks that the worker has been promised and `load` has not."""
         promises = self.promises[worker_id]
@@ -116,6 +122,7 @@ class SimRouter:
         self._correction = Correction()
         self._conversations: dict[str, str] = {}
         self._known: dict[str, _Known] = {}
+        self._held: dict[Job, list[tuple[str, Promise]]] = {}
 
     def place(self, job: Job) -> Placement:
         """Choose workers for a request, and promise them the work.
@@ -139,11 +146,18 @@ class SimRouter:
         placement = self._policy.place(request, view)
         if asked.session:
             self._remember(asked.session, placement.decode.worker_id)
-        self._promise(placement, request)
+        self.release(job)
+        self._held[job] = self._promise(placement, request)
         return placement
+
+    def release(self, job: Job) -> None:
+        """What the job's workers were promised they have by now, or will never have."""
+        for worker_id, promise in self._held.pop(job, ()):
+            self._fleet.release(worker_id, promise)
 
     def prefilled(self, job: Job, worker: SimWorker, cached_tokens: int, prefill_s: float) -> None:
         """Learn how far the worker's prefill curve is off; its work is promised no more."""
+        self.release(job)
         predicted_s = compute_s(self._raw(worker), job.context_tokens, cached_tokens)
         self._correction.learn(worker.worker_id, predicted_s, prefill_s)
 
@@ -247,10 +261,10 @@ class SimRouter:
         """The worker with its curve as measured."""
         return WorkerView(worker.worker_id, "", "", worker.role, 1, 1, prefill_curve=worker.prefill_curve)
 
-    def _promise(self, placement: Placement, request: Request) -> None:
+    def _promise(self, placement: Placement, request: Request) -> list[tuple[str, Promise]]:
         decode, computing = placement.decode.worker_id, placement.computing.worker_id
-        for worker_id in {decode, computing}:
-            self._fleet.promise(
+        promises = [
+            (
                 worker_id,
                 Promise(
                     self._fleet.clock.now_s,
@@ -260,6 +274,11 @@ class SimRouter:
                     blocks=max(0, request.prompt_blocks - request.held.get(worker_id, 0)),
                 ),
             )
+            for worker_id in sorted({decode, computing})
+        ]
+        for worker_id, promise in promises:
+            self._fleet.promise(worker_id, promise)
+        return promises
 
     def _remember(self, session: str, worker_id: str) -> None:
         self._conversations.pop(session, None)

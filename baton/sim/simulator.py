@@ -293,6 +293,7 @@ class _Simulation:
             return
         job.ended = True
         del self._jobs[job]
+        self._routers[job.router].release(job)
         record = job.record(error)
         self.records.append(record)
         if self._controller is not None:
@@ -303,12 +304,15 @@ class _Simulation:
 
     # ---- what workers say (see `World`) -------------------------------------------------------
 
-    def prefilled(self, job: Job, worker: SimWorker, cached_tokens: int, prefill_s: float) -> None:
+    def prefilled(self, sequence: SimSequence, worker: SimWorker, prefill_s: float) -> None:
+        job, cached_tokens = sequence.job, sequence.cached_tokens or 0
         if job.output == 0:
             job.cached_tokens = cached_tokens
             self._counts["prompt"] += job.request.prompt_tokens
             self._counts["cached"] += cached_tokens
-        self._routers[job.router].prefilled(job, worker, cached_tokens, prefill_s)
+            self._counts["pulled"] += sequence.pulled_tokens
+        router = self._routers[job.router]
+        self.clock.after(self.cluster.network_s, router.prefilled, job, worker, cached_tokens, prefill_s)
 
     def finished(self, job: Job) -> None:
         self._finish(job)

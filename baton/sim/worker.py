@@ -45,7 +45,7 @@ class World(Protocol):
     cluster: SimCluster
     gaps: Gaps
 
-    def prefilled(self, job: Job, worker: SimWorker, cached_tokens: int, prefill_s: float) -> None:
+    def prefilled(self, sequence: SimSequence, worker: SimWorker, prefill_s: float) -> None:
         """The prompt is computed, and the first token sampled."""
 
     def finished(self, job: Job) -> None:
@@ -347,8 +347,7 @@ class SimWorker:
             self._world.gaps.add(mean_s, in_a_row)
 
     def _prefilled(self, sequence: SimSequence, now_s: float) -> None:
-        cached = sequence.cached_tokens or 0
-        self._world.prefilled(sequence.job, self, cached, now_s - sequence.first_scheduled_s)
+        self._world.prefilled(sequence, self, now_s - sequence.first_scheduled_s)
 
 
 def _handoff(sequence: object) -> Handoff:

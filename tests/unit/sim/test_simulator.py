@@ -171,6 +171,16 @@ def test_a_prefix_that_is_cached_is_not_computed_again() -> None:
     assert report.hit_rate == pytest.approx(624 / 1280)
 
 
+def test_a_prefix_that_a_busy_worker_has_is_pulled_by_another() -> None:
+    ids = tuple(range(10))
+    rows = [TraceRow(0.0, 640, 400, ids, 64), TraceRow(0.5, 704, 2, (*ids, 99), 64)]
+    report = run(SimCluster(ALIKE, BLOCK, kv_bytes_per_token=1000), rows)
+    assert (report.cached_tokens, report.pulled_tokens) == (640, 640)
+    assert sorted(worker.computed_tokens for worker in report.workers) == [0, 64, 640]
+    blind = run(SimCluster(ALIKE, BLOCK, kv_bytes_per_token=1000, policy="round-robin"), rows)
+    assert blind.pulled_tokens == 0
+
+
 def test_requests_that_can_never_fit_fail_by_name() -> None:
     report = run(SimCluster((spec(Role.HYBRID, kv_blocks=4),), BLOCK), [TraceRow(0.0, 640, 2)])
     assert report.summary.errors == {"service_unavailable_error": 1}
