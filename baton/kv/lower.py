@@ -1,9 +1,8 @@
 """Which blocks lie below the device pool, in host memory or on disk, and which go when room is short.
 
-A block is in one tier at a time: whatever uses it brings it up. So blocks come down in the order of their
-last use, and because the device evicts leaf first, a block comes down after everything behind it in its
-chain: to drop the oldest first is to drop leaf first, and what is held in all tiers together always
-begins at the start of a chain.
+A block is in one tier at a time: whatever uses it brings it up. Because the device evicts leaf first, a
+block comes down after everything behind it in its chain: to drop first what came down first is to drop leaf
+first, and what is held in all tiers together always begins at the start of a chain.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ class TiersMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        self.pool.release(self.running.pop(data.draw(st.integers(0, len(self.running) - 1))).blocks)
+        release = self.pool.release_copies if data.draw(st.booleans()) else self.pool.release
+        release(self.running.pop(data.draw(st.integers(0, len(self.running) - 1))).blocks)
 
     @precondition(lambda self: self.slots[Tier.DISK])
     @rule(data=st.data())
