@@ -7,7 +7,7 @@ import logging
 import signal
 import uuid
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 PREFILL_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _LOAD_REPORT_S = 0.1
+_WARM_UP_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -280,16 +281,11 @@ class Worker:
         state, chosen = self._state, self._settings.worker
         kvstore = self._settings.kvstore
         async with asyncio.TaskGroup() as tasks:
-            watch = RegistryWatch(
-                kvstore.kvstore,
-                ttl_s=kvstore.worker_ttl_s,
-                listener=_WarmUp(self._peers, state.worker_id, tasks),
-            )
-            background = [
-                tasks.create_task(self._membership.run()),
-                tasks.create_task(watch.run()),
-                tasks.create_task(self._report()),
-            ]
+            warm_up = _WarmUp(self._peers, state.worker_id, tasks)
+            watch = RegistryWatch(kvstore.kvstore, ttl_s=kvstore.worker_ttl_s, listener=warm_up)
+            background = [tasks.create_task(watch.run()), tasks.create_task(self._report())]
+            await warm_up.done(watch)
+            background.append(tasks.create_task(self._membership.run()))
             await self._server.set_serving(True)
             log.info(
                 "ready: %s serves %s on %s, %d KV blocks of %d tokens, metrics on %s, attention %s, %s",
@@ -340,10 +336,21 @@ class _WarmUp(PeerListener):
         self._peers = peers
         self._own_id = own_id
         self._tasks = tasks
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    async def done(self, watch: RegistryWatch) -> None:
+        """Wait until the workers that were there first can be read from, but no longer than is of use: a
+        kvstore or a worker may be away."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_WARM_UP_S):
+                await watch.ready()
+                await asyncio.gather(*map(asyncio.shield, self._connecting))
 
     def worker_added(self, peer: KnownWorker) -> None:
         if peer.view.worker_id != self._own_id:
-            self._tasks.create_task(self._connect(peer))
+            task = self._tasks.create_task(self._connect(peer))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
 
     def worker_gone(self, peer: KnownWorker) -> None:
         self._tasks.create_task(self._peers.forget(peer.view.address, peer.view.incarnation))
