@@ -134,7 +134,6 @@ class FaultyCluster:
         self._redis = redis
         self._proxy = proxy
         self._load = load
-        self._http = httpx.AsyncClient(timeout=5)
         self._index_lag_s: float | None = None
         self._connected: float | None = None
         self._redis_lag_s: float | None = None
@@ -144,8 +143,8 @@ class FaultyCluster:
 
     async def outcomes(self) -> list[Outcome]:
         """Let everything happen that can, one thing after the other, under load."""
-        async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(self._watch()), tasks.create_task(self._load.run())]
+        async with httpx.AsyncClient(timeout=5) as http, asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(self._watch(http)), tasks.create_task(self._load.run())]
             await self._until(self._well, SHOWN_S, "all is well")
             start = self._redis.start
             done = [
@@ -157,7 +156,6 @@ class FaultyCluster:
             ]
             for task in background:
                 task.cancel()
-        await self._http.aclose()
         return done
 
     async def _suffer(
@@ -245,27 +243,18 @@ class FaultyCluster:
     def _said_of_kvstore(self) -> int:
         return len(re.findall(r"the kvstore at .* is away", self._cluster.logs()["router"]))
 
-    async def _watch(self) -> None:
+    async def _watch(self, http: httpx.AsyncClient) -> None:
         while True:
-            router = await self._metrics(self._cluster.base_url)
+            router = await _metrics(http, self._cluster.base_url)
             self._connected = router.get("baton_router_kvstore_connected")
             self._index_lag_s = router.get("baton_index_lag_seconds")
             port = re.findall(r"metrics on port (\d+)", self._cluster.logs()["kvstore"])[-1]
-            kvstore = await self._metrics(f"http://127.0.0.1:{port}")
+            kvstore = await _metrics(http, f"http://127.0.0.1:{port}")
             self._redis_up = kvstore.get("baton_kvstore_redis_up")
             self._redis_lag_s = kvstore.get("baton_kvstore_redis_lag_seconds")
             self._index_stale_s = max(self._index_stale_s, self._index_lag_s or 0)
             self._redis_stale_s = max(self._redis_stale_s, self._redis_lag_s or 0)
             await asyncio.sleep(_SAMPLE_INTERVAL_S)
-
-    async def _metrics(self, base_url: str) -> dict[str, float]:
-        """Samples without labels by name; none when nobody answers."""
-        try:
-            text = (await self._http.get(f"{base_url}/metrics")).text
-        except httpx.TransportError:
-            return {}
-        families = text_string_to_metric_families(text)
-        return {one.name: one.value for family in families for one in family.samples if not one.labels}
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
@@ -273,6 +262,16 @@ class FaultyCluster:
             seen = (self._redis_up, self._redis_lag_s, self._connected, self._index_lag_s, self._load.failed)
             assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}; seen last: {seen}"
             await asyncio.sleep(0.02)
+
+
+async def _metrics(http: httpx.AsyncClient, base_url: str) -> dict[str, float]:
+    """Samples without labels by name; none when nobody answers."""
+    try:
+        text = (await http.get(f"{base_url}/metrics")).text
+    except httpx.TransportError:
+        return {}
+    families = text_string_to_metric_families(text)
+    return {one.name: one.value for family in families for one in family.samples if not one.labels}
 
 
 @asynccontextmanager
