@@ -20,7 +20,7 @@ OFFER = Offer("one", WorkerSpec(Role.HYBRID, SPEED, kv_blocks=1000, network_byte
 
 
 def asked(at_s: float, prompt: int, output: int, number: int = 0) -> SimRequest:
-    return SimRequest(at_s, prompt, output, BlockIds((), 1, prompt // 16, number))
+    return SimRequest(at_s, prompt, output, BlockIds((), 16, 16, prompt // 16, number))
 
 
 def alone(*prompts: SimRequest) -> list[Prefilled]:

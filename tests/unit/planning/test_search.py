@@ -28,7 +28,7 @@ def workload(rate: float, count: int = 80) -> list[SimRequest]:
         at_s += draw.expovariate(rate)
         prompt = draw.randrange(100, 1500)
         requests.append(
-            SimRequest(at_s, prompt, draw.randrange(20, 200), BlockIds((), 1, prompt // 16, number))
+            SimRequest(at_s, prompt, draw.randrange(20, 200), BlockIds((), 16, 16, prompt // 16, number))
         )
     return requests
 
