@@ -6,6 +6,52 @@ from collections import Counter
 from collections.abc import Sequence
 
 
+class Coming:
+    """A prompt on its way to a worker, until `Expected.remove`."""
+
+    __slots__ = ("chain", "family", "named", "worker_id")
+
+    def __init__(self, worker_id: str, chain: Sequence[bytes], family: _Family | None) -> None:
+        self.worker_id = worker_id
+        self.chain = chain
+        self.family = family
+        self.named: list[bytes] | None = None
+
+
+class _Family:
+    """Prompts on their way to one worker that begin with the same block.
+
+    Most prompts are one of a kind, and naming all blocks of a prompt is work: it is left until another
+    prompt with that beginning is looked up.
+    """
+
+    def __init__(self, first: bytes) -> None:
+        self.first = first
+        self.unnamed: dict[Coming, None] = {}
+        self.counts: Counter[bytes] = Counter()
+
+    def blocks(self) -> Counter[bytes]:
+        for coming in self.unnamed:
+            coming.named = list(coming.chain)
+            self.counts.update(coming.named)
+        self.unnamed.clear()
+        return self.counts
+
+    def remove(self, coming: Coming) -> None:
+        if coming.named is None:
+            del self.unnamed[coming]
+            return
+        for block_id in coming.named:
+            if self.counts[block_id] > 1:
+                self.counts[block_id] -= 1
+            else:
+                del self.counts[block_id]
+
+    @property
+    def empty(self) -> bool:
+        return not (self.unnamed or self.counts)
+
+
 class Expected:
     """The blocks of prompts that were sent to workers and are not computed yet.
 
@@ -15,46 +61,54 @@ class Expected:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[str, Counter[bytes]] = {}
+        self._workers: dict[str, dict[bytes, _Family]] = {}
 
-    def add(self, worker_id: str, block_ids: Sequence[bytes]) -> None:
-        """A prompt goes to the worker."""
-        self._counts.setdefault(worker_id, Counter()).update(block_ids)
+    def add(self, worker_id: str, chain: Sequence[bytes]) -> Coming:
+        """A prompt whose blocks are named by `chain` goes to the worker."""
+        if not chain:
+            return Coming(worker_id, chain, None)
+        first = chain[0]
+        families = self._workers.setdefault(worker_id, {})
+        family = families.get(first)
+        if family is None:
+            family = families[first] = _Family(first)
+        coming = Coming(worker_id, chain, family)
+        family.unnamed[coming] = None
+        return coming
 
-    def remove(self, worker_id: str, block_ids: Sequence[bytes]) -> None:
-        """A prompt that was added is computed, or never will be."""
-        counts = self._counts.get(worker_id)
-        if counts is None:
-            return  # forgotten meanwhile
-        for block_id in block_ids:
-            if counts[block_id] > 1:
-                counts[block_id] -= 1
-            else:
-                del counts[block_id]
-        if not counts:
-            del self._counts[worker_id]
+    def remove(self, coming: Coming) -> None:
+        """A prompt that was added is computed, or never will be. Once for each."""
+        family, families = coming.family, self._workers.get(coming.worker_id, {})
+        if family is None or families.get(family.first) is not family:
+            return  # it has no whole block, or the worker was forgotten meanwhile
+        family.remove(coming)
+        if family.empty:
+            del families[family.first]
+            if not families:
+                del self._workers[coming.worker_id]
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone."""
-        self._counts.pop(worker_id, None)
+        self._workers.pop(worker_id, None)
 
-    def lookup(self, block_ids: Sequence[bytes]) -> dict[str, int]:
+    def lookup(self, chain: Sequence[bytes]) -> dict[str, int]:
         """How many leading blocks of a chain each worker is about to hold; those with none are left out."""
         found = {}
-        if block_ids:
-            first = block_ids[0]
-            for worker_id, counts in self._counts.items():
-                if first in counts:
-                    found[worker_id] = _leading(block_ids, counts)
+        if chain and self._workers:
+            first = chain[0]
+            for worker_id, families in self._workers.items():
+                family = families.get(first)
+                if family is not None:
+                    found[worker_id] = _leading(chain, family.blocks())
         return found
 
 
-def _leading(block_ids: Sequence[bytes], known: Counter[bytes]) -> int:
+def _leading(chain: Sequence[bytes], known: Counter[bytes]) -> int:
     """Blocks of a chain up to the last known one: whoever has a block has those before it."""
-    low, high = 1, len(block_ids)
+    low, high = 1, len(chain)
     while low < high:
         middle = (low + high + 1) // 2
-        if block_ids[middle - 1] in known:
+        if chain[middle - 1] in known:
             low = middle
         else:
             high = middle - 1

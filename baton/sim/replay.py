@@ -18,7 +18,7 @@ from baton.kv.index import PrefixIndex
 from baton.kv.pool import BlockPool
 from baton.routing import ClusterView, Curve, Placement, Request, Role, WorkerView, create_policy
 from baton.routing.cost import HANDOFF_S, compute_s
-from baton.routing.expected import Expected
+from baton.routing.expected import Coming, Expected
 from baton.sim.trace import BLOCK_TOKENS, TraceRequest
 
 
@@ -91,6 +91,7 @@ class _Job:
     request: Request
     placement: Placement
     router: int
+    coming: Coming
 
 
 @dataclass(eq=False, slots=True)
@@ -174,18 +175,14 @@ class _Simulation:
             self._promise(placement, request, router)
             self._sessions[trace.session] = placement.decode.worker_id
             computing = placement.computing.worker_id
-            self._expected[router].add(computing, trace.chain)
-            self.workers[computing].expect(_Job(trace, request, placement, router))
+            coming = self._expected[router].add(computing, trace.chain)
+            self.workers[computing].expect(_Job(trace, request, placement, router, coming))
 
         return place
 
     def computed(self, job: _Job) -> None:
         """A prompt is computed, which its router hears a little later."""
-        worker_id = job.placement.computing.worker_id
-        self.after(
-            self.cluster.network_s,
-            lambda: self._expected[job.router].remove(worker_id, job.trace.chain),
-        )
+        self.after(self.cluster.network_s, lambda: self._expected[job.router].remove(job.coming))
 
     def _promise(self, placement: Placement, request: Request, router: int) -> None:
         decode, computing = placement.decode.worker_id, placement.computing.worker_id

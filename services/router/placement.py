@@ -12,7 +12,7 @@ from baton.routing import Candidate, ClusterView, Placement, Policy, Request, Ro
 from baton.routing.admission import Pace
 from baton.routing.correction import Correction
 from baton.routing.cost import compute_s
-from baton.routing.expected import Expected
+from baton.routing.expected import Coming, Expected
 from baton.rpc.v1 import worker_pb2
 from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
@@ -42,22 +42,22 @@ class Hold:
         owner: Promises,
         promises: Sequence[Promise],
         expected: Expected,
-        block_ids: Sequence[bytes],
+        chain: Sequence[bytes],
     ) -> None:
         self.placement = placement
         self.prompt_tokens = prompt_tokens
         self._owner = owner
         self._promises = promises
         self._expected = expected
-        self._block_ids = block_ids
-        expected.add(placement.computing.worker_id, block_ids)
+        self._coming: Coming | None = expected.add(placement.computing.worker_id, chain)
 
     def release(self) -> None:
         """The prompt is computed, or the workers will never have the work."""
         for promise in self._promises:
             self._owner.release(promise)
-        self._expected.remove(self.placement.computing.worker_id, self._block_ids)
-        self._promises, self._block_ids = (), ()
+        if self._coming is not None:
+            self._expected.remove(self._coming)
+        self._promises, self._coming = (), None
 
 
 class Placer:
@@ -89,11 +89,11 @@ class Placer:
         placement = self._away_from_suspects(request, lambda asked: self._policy.place(asked, view))
         if request.session:
             self._remember(_conversation(generation), placement.decode.worker_id)
-        block_ids: Sequence[bytes] = ()
+        chain: Sequence[bytes] = ()
         if placement.compute_tokens > request.block_size:
-            block_ids = list(chains[self._cluster.workers[placement.computing.worker_id].layout])
+            chain = chains[self._cluster.workers[placement.computing.worker_id].layout]
         promises = self._promise(placement, request)
-        return Hold(placement, request.prompt_tokens, self._promises, promises, self._expected, block_ids)
+        return Hold(placement, request.prompt_tokens, self._promises, promises, self._expected, chain)
 
     def explain(self, generation: Generation) -> tuple[Request, list[Candidate]]:
         """The request as the policy sees it, and what it would choose, then every other placement.

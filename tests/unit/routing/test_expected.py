@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,14 +22,16 @@ def test_it_knows_the_longest_common_beginning_with_what_is_on_its_way(
     sent: list[tuple[str, list[int]]], asked: list[int], data: st.DataObject
 ) -> None:
     expected = Expected()
+    left = []
     for worker, tokens in sent:
-        expected.add(worker, chain_of(tokens))
-    left = list(sent)
-    for worker, tokens in data.draw(st.lists(st.sampled_from(sent), unique_by=id) if sent else st.just([])):
-        expected.remove(worker, chain_of(tokens))
-        left.remove((worker, tokens))
+        left.append((worker, tokens, expected.add(worker, chain_of(tokens))))
+        if data.draw(st.booleans(), label="look between"):
+            expected.lookup(chain_of(asked))
+    for going in data.draw(st.lists(st.sampled_from(left), unique_by=id) if left else st.just([])):
+        expected.remove(going[2])
+        left.remove(going)
     longest: dict[str, int] = {}
-    for worker, tokens in left:
+    for worker, tokens, _ in left:
         common = next((n for n, (a, b) in enumerate(zip(tokens, asked, strict=False)) if a != b), None)
         length = min(len(tokens), len(asked)) if common is None else common
         if length:
@@ -37,7 +41,22 @@ def test_it_knows_the_longest_common_beginning_with_what_is_on_its_way(
 
 def test_a_worker_that_is_gone_is_forgotten_with_what_was_sent_to_it() -> None:
     expected = Expected()
-    expected.add("a", chain_of([1, 2]))
+    old = expected.add("a", chain_of([1, 2]))
+    expected.lookup(chain_of([1, 2]))
     expected.forget("a")
-    expected.remove("a", chain_of([1, 2]))
     assert expected.lookup(chain_of([1, 2])) == {}
+    expected.add("a", chain_of([1, 2]))
+    expected.remove(old)
+    assert expected.lookup(chain_of([1, 2])) == {"a": 2}
+
+
+def test_a_prompt_like_no_other_is_not_hashed_beyond_its_first_block() -> None:
+    class Lazy(list[bytes]):
+        def __iter__(self) -> NoReturn:
+            raise AssertionError("all blocks were named")
+
+    expected = Expected()
+    coming = expected.add("a", Lazy(chain_of([1, 2, 3])))
+    assert expected.lookup(chain_of([0, 2, 3])) == {}
+    expected.remove(coming)
+    assert expected.lookup(chain_of([1, 2, 3])) == {}
