@@ -187,9 +187,6 @@ class RedisBackend(Backend):
             await self._remove(list(islice(self._gone.items(), _REMOVALS_PER_BATCH)))
         dirty, self._dirty = self._dirty, {}
         mirrors = [mirror for mirror in map(self._mirrors.get, dirty) if mirror is not None]
-        new = [mirror.member.worker_id for mirror in mirrors if mirror.rewrite]
-        if new:
-            await self._redis.sadd(WORKERS, *new)
         # What a member is when its writes are made counts, so that is done in one go for each.
         batch: list[_Write] = []
         blocks = 0
@@ -218,6 +215,8 @@ class RedisBackend(Backend):
 
     async def _send(self, batch: Sequence[_Write]) -> None:
         async with self._redis.pipeline(transaction=False) as pipeline:
+            # With every write, over the same connection: nothing else would bring back a name that was lost.
+            pipeline.sadd(WORKERS, *{write.mirror.member.worker_id for write in batch})
             for write in batch:
                 member = write.mirror.member
                 blocks = [part for block_id, tiers in write.blocks for part in (block_id, str(tiers))]
@@ -234,7 +233,7 @@ class RedisBackend(Backend):
                     member.change().SerializeToString(),
                     *blocks,
                 )
-            answers = await pipeline.execute()
+            _, *answers = await pipeline.execute()
         for write, answer in zip(batch, answers, strict=True):
             if answer == 1:
                 self._metrics.blocks.inc(len(write.blocks))
