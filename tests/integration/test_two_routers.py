@@ -54,27 +54,34 @@ def seen_by(router: str) -> dict[str, tuple[int, int]]:
     return {worker["worker"]: (worker["waiting"], worker["queued_tokens"]) for worker in workers}
 
 
+def until_both_see(one: str, two: str, waiting: int) -> dict[str, tuple[int, int]]:
+    """What both routers see, as soon as they see the same, so many requests wait, and nothing else."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        first, second = seen_by(one), seen_by(two)
+        requests, tokens = (sum(counts) for counts in zip(*first.values(), strict=True))
+        if first == second and requests == waiting and (tokens > 0) == (waiting > 0):
+            return first
+        assert time.monotonic() < deadline, (first, second)
+        time.sleep(0.01)
+
+
 def test_a_burst_through_both_spreads_and_each_counts_what_the_other_promised(pair: Cluster) -> None:
     pids = pair.pids()
     one, two = (f"http://127.0.0.1:{name.split()[1]}" for name in pids if name.startswith("router"))
     draw = random.Random(3)
     prefix = [draw.randrange(100, 4000) for _ in range(PREFIX_TOKENS)]
     assert complete(one, prefix).status_code == 200  # from here on one worker has it
+    until_both_see(one, two, 0)
     with ThreadPoolExecutor(BURST) as clients:
         with stopped([pid for name, pid in pids.items() if name.startswith("hybrid")]):
             answers = []
             for number in range(BURST):
                 own = [draw.randrange(100, 4000) for _ in range(OWN_TOKENS)]
                 answers.append(clients.submit(complete, (one, two)[number % 2], prefix + own))
-                deadline = time.monotonic() + TIMEOUT_S
-                while True:
-                    first, second = seen_by(one), seen_by(two)
-                    if first == second and sum(waiting for waiting, _ in first.values()) == number + 1:
-                        break
-                    assert time.monotonic() < deadline, (first, second)
-                    time.sleep(0.01)
-            waiting = [requests for requests, _ in first.values()]
+                seen = until_both_see(one, two, number + 1)
+            waiting = [requests for requests, _ in seen.values()]
             assert len(waiting) == WORKERS
             assert max(waiting) < BURST, "not all went to the one that has the prefix"
-            assert sum(tokens for _, tokens in first.values()) >= BURST * OWN_TOKENS
+            assert sum(tokens for _, tokens in seen.values()) >= BURST * OWN_TOKENS
         assert [answer.result().status_code for answer in answers] == [200] * BURST
