@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, cast
 
 from google.protobuf.message import DecodeError
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import RedisClusterException, RedisError
 
 from baton.errors import InvalidRequest
@@ -35,6 +36,8 @@ _MAX_GONE = 10_000
 _BLOCKS_PER_READ = 4096
 _LOAD_TIMEOUT_S = 10.0
 _ROUND_PAUSE_S = 0.05
+# Sentinels without a master are most likely about to have one again.
+_NO_MASTER_PAUSE_S = 0.2
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 8.0
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
@@ -261,6 +264,7 @@ class RedisBackend(Backend):
         members: list[Member] = []
         try:
             async with asyncio.timeout(_LOAD_TIMEOUT_S):
+                await self._await_master()
                 await self._load(members)
         except _FAILURES as error:
             self._metrics.failures.inc()
@@ -272,6 +276,18 @@ class RedisBackend(Backend):
         blocks = sum(len(member.holdings) for member in members)
         log.info("read %d workers and %d blocks from Redis", len(members), blocks)
         return members
+
+    async def _await_master(self) -> None:
+        """Sit out a failover; whatever else is wrong shows when something is read."""
+        while True:
+            try:
+                await self._redis.ping()
+            except MasterNotFoundError:
+                await asyncio.sleep(_NO_MASTER_PAUSE_S)
+            except _FAILURES:
+                return
+            else:
+                return
 
     async def _load(self, members: list[Member]) -> None:
         """Append one member after the other: what cannot be read in time comes from the workers."""
