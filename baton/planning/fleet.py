@@ -28,8 +28,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Fleet:
-    """So many workers that prefill and so many that decode; `decoders` are hybrid when nobody prefills for
-    them."""
+    """So many workers that prefill and so many that decode."""
 
     prefill: Offer
     prefills: int
@@ -40,22 +39,10 @@ class Fleet:
     def gpus(self) -> int:
         return self.prefills * self.prefill.gpus + self.decoders * self.decode.gpus
 
-    @property
-    def ratio(self) -> float:
-        """Prefill workers for each decode worker."""
-        return self.prefills / self.decoders
-
-    @property
-    def separate(self) -> bool:
-        return self.prefills > 0
-
     def cluster(self, like: SimCluster) -> SimCluster:
         """The fleet as a cluster that is otherwise `like` another."""
-        role = Role.DECODE if self.separate else Role.HYBRID
         prefill = (self.prefill.as_role(Role.PREFILL),) * self.prefills
-        return replace(like, workers=prefill + (self.decode.as_role(role),) * self.decoders)
+        return replace(like, workers=prefill + (self.decode.as_role(Role.DECODE),) * self.decoders)
 
     def __str__(self) -> str:
-        if not self.separate:
-            return f"{self.decoders} hybrid {self.decode.name}"
         return f"{self.prefills} prefill {self.prefill.name} + {self.decoders} decode {self.decode.name}"
