@@ -127,6 +127,7 @@ class Start(_message.Message):
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     PREFILL_INCARNATION_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """names the request on this session; never reused on it"""
     request_id: _builtins.str
@@ -135,6 +136,8 @@ class Start(_message.Message):
     prefill_address: _builtins.str
     """Where the prompt's KV comes from: empty means this worker computes it ("local")."""
     prefill_incarnation: _builtins.str
+    traceparent: _builtins.str
+    """W3C trace context of the request; empty when it is not traced"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -159,10 +162,11 @@ class Start(_message.Message):
         prefill_address: _builtins.str = ...,
         prefill_incarnation: _builtins.str = ...,
         pull: Global___Pull | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "output_token_ids", b"output_token_ids", "prefill_address", b"prefill_address", "prefill_incarnation", b"prefill_incarnation", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "output_token_ids", b"output_token_ids", "prefill_address", b"prefill_address", "prefill_incarnation", b"prefill_incarnation", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "request_id", b"request_id", "sampling", b"sampling", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,6 +336,7 @@ class RequestOutput(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     STOPPED_BY_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     finish_reason: _inference_pb2.FinishReason.ValueType
     stop_token_id: _builtins.int
@@ -353,6 +358,10 @@ class RequestOutput(_message.Message):
     def error(self) -> Global___RequestError:
         """the request ended without a finish reason"""
 
+    @_builtins.property
+    def transfer(self) -> Global___TransferReport:
+        """with the first token after the KV of a remote prefill is here"""
+
     def __init__(
         self,
         *,
@@ -365,14 +374,44 @@ class RequestOutput(_message.Message):
         error: Global___RequestError | None = ...,
         stop_token_id: _builtins.int = ...,
         stopped_by_token_id: _builtins.bool = ...,
+        transfer: Global___TransferReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "prefill", b"prefill", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "prefill", b"prefill", "prompt_logprobs", b"prompt_logprobs", "stop_token_id", b"stop_token_id", "stopped_by_token_id", b"stopped_by_token_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "prefill", b"prefill", "prompt_logprobs", b"prompt_logprobs", "stop_token_id", b"stop_token_id", "stopped_by_token_id", b"stopped_by_token_id", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestOutput: _TypeAlias = RequestOutput  # noqa: Y015
+
+@_typing.final
+class TransferReport(_message.Message):
+    """What was read from a prefill worker for one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    READ_S_FIELD_NUMBER: _builtins.int
+    TAIL_S_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    read_s: _builtins.float
+    """reading, much of it while the prompt was still being computed"""
+    tail_s: _builtins.float
+    """from the first token until the KV could be decoded from"""
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        read_s: _builtins.float = ...,
+        tail_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "read_s", b"read_s", "tail_s", b"tail_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferReport: _TypeAlias = TransferReport  # noqa: Y015
 
 @_typing.final
 class PrefillReport(_message.Message):
@@ -403,11 +442,35 @@ class PrefillReport(_message.Message):
     CACHED: PrefillReport.Kind.ValueType  # 3
     """all but the last block was already here"""
 
+    @_typing.final
+    class Chunk(_message.Message):
+        """One engine step's part of the prompt; the first chunk begins when the queue ends."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TOKENS_FIELD_NUMBER: _builtins.int
+        SECONDS_FIELD_NUMBER: _builtins.int
+        tokens: _builtins.int
+        seconds: _builtins.float
+        """since the chunk before"""
+        def __init__(
+            self,
+            *,
+            tokens: _builtins.int = ...,
+            seconds: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds", "tokens", b"tokens"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     KIND_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
     PULLED_TOKENS_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     kind: Global___PrefillReport.Kind.ValueType
     cached_tokens: _builtins.int
     """prompt tokens whose KV was not computed for this request, here or there"""
@@ -417,6 +480,8 @@ class PrefillReport(_message.Message):
     """computing"""
     pulled_tokens: _builtins.int
     """of cached_tokens, those read from a third worker for this request"""
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillReport.Chunk]: ...
     def __init__(
         self,
         *,
@@ -425,10 +490,11 @@ class PrefillReport(_message.Message):
         queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
         pulled_tokens: _builtins.int = ...,
+        chunks: _abc.Iterable[Global___PrefillReport.Chunk] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "kind", b"kind", "prefill_s", b"prefill_s", "pulled_tokens", b"pulled_tokens", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "chunks", b"chunks", "kind", b"kind", "prefill_s", b"prefill_s", "pulled_tokens", b"pulled_tokens", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -682,6 +748,7 @@ class Begin(_message.Message):
     PURPOSE_FIELD_NUMBER: _builtins.int
     PULL_BLOCKS_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     incarnation: _builtins.str
     cache_salt: _builtins.str
@@ -690,6 +757,8 @@ class Begin(_message.Message):
     purpose: Global___Purpose.ValueType
     pull_blocks: _builtins.int
     """PULL: leading blocks wanted at most"""
+    traceparent: _builtins.str
+    """see Start.traceparent"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -715,10 +784,11 @@ class Begin(_message.Message):
         purpose: Global___Purpose.ValueType = ...,
         pull_blocks: _builtins.int = ...,
         pull: Global___Pull | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "pull_blocks", b"pull_blocks", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "pull_blocks", b"pull_blocks", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
