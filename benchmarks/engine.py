@@ -216,8 +216,8 @@ def measure(
     rounds: int,
     threads: int,
 ) -> tuple[dict[str, dict[str, float]], dict[str, str], Limits]:
-    """Median seconds by engine and question; each engine's version, or why it has no figures; the best that
-    the machine did in between."""
+    """Median seconds by engine and question; each engine's version, or why it has no figures; what the
+    machine could do in between: the medians of the rounds' bests."""
     said: dict[str, str] = {}
     with ExitStack() as stack:
         running = {}
@@ -248,7 +248,7 @@ def measure(
         name: {question: median(seconds) for question, seconds in figures.items()}
         for name, figures in taken.items()
     }
-    limits = Limits(max(each.read_bytes_per_s for each in seen), max(each.flops_per_s for each in seen))
+    limits = Limits(median(each.read_bytes_per_s for each in seen), median(each.flops_per_s for each in seen))
     return medians, said, limits
 
 
