@@ -51,6 +51,11 @@ class _PurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Purpose.Value
     """compute what is not cached, sample the first token"""
     PULL: _Purpose.ValueType  # 1
     """only name cached blocks, host and disk tiers included; NOT_FOUND when there are none"""
+    MOVE: _Purpose.ValueType  # 2
+    """Give up a request that decodes here. Its complete blocks are named first, while it goes on; after
+    Freeze it stops at the next step boundary, and Moved and its other blocks follow. With Released it
+    has ended here; if the stream ends before that, it goes on here as if nothing had been.
+    """
 
 class Purpose(_Purpose, metaclass=_PurposeEnumTypeWrapper): ...
 
@@ -58,6 +63,11 @@ PREFILL: Purpose.ValueType  # 0
 """compute what is not cached, sample the first token"""
 PULL: Purpose.ValueType  # 1
 """only name cached blocks, host and disk tiers included; NOT_FOUND when there are none"""
+MOVE: Purpose.ValueType  # 2
+"""Give up a request that decodes here. Its complete blocks are named first, while it goes on; after
+Freeze it stops at the next step boundary, and Moved and its other blocks follow. With Released it
+has ended here; if the stream ends before that, it goes on here as if nothing had been.
+"""
 Global___Purpose: _TypeAlias = Purpose  # noqa: Y015
 
 @_typing.final
@@ -128,6 +138,8 @@ class Start(_message.Message):
     PREFILL_INCARNATION_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    MOVE_FROM_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """names the request on this session; never reused on it"""
     request_id: _builtins.str
@@ -138,6 +150,8 @@ class Start(_message.Message):
     prefill_incarnation: _builtins.str
     traceparent: _builtins.str
     """W3C trace context of the request; empty when it is not traced"""
+    timeout_s: _builtins.float
+    """how long the client still waits; 0: for ever"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -149,6 +163,10 @@ class Start(_message.Message):
     @_builtins.property
     def pull(self) -> Global___Pull:
         """what whoever computes the prompt should read from a third worker first"""
+
+    @_builtins.property
+    def move_from(self) -> Global___MoveFrom:
+        """The request decodes on another worker, which gives it up: take it over with its KV."""
 
     def __init__(
         self,
@@ -163,14 +181,46 @@ class Start(_message.Message):
         prefill_incarnation: _builtins.str = ...,
         pull: Global___Pull | None = ...,
         traceparent: _builtins.str = ...,
+        move_from: Global___MoveFrom | None = ...,
+        timeout_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["move_from", b"move_from", "pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "output_token_ids", b"output_token_ids", "prefill_address", b"prefill_address", "prefill_incarnation", b"prefill_incarnation", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "request_id", b"request_id", "sampling", b"sampling", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "move_from", b"move_from", "output_token_ids", b"output_token_ids", "prefill_address", b"prefill_address", "prefill_incarnation", b"prefill_incarnation", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Start: _TypeAlias = Start  # noqa: Y015
+
+@_typing.final
+class MoveFrom(_message.Message):
+    """A request on another worker, by its place on this router's session there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    incarnation: _builtins.str
+    router_id: _builtins.str
+    key: _builtins.int
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        router_id: _builtins.str = ...,
+        key: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "key", b"key", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveFrom: _TypeAlias = MoveFrom  # noqa: Y015
 
 @_typing.final
 class Pull(_message.Message):
@@ -305,6 +355,9 @@ class StepOutputs(_message.Message):
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    draining: _builtins.bool
+    """the worker gives up what it decodes: move its requests elsewhere"""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestOutput]: ...
     @_builtins.property
@@ -314,10 +367,11 @@ class StepOutputs(_message.Message):
         *,
         outputs: _abc.Iterable[Global___RequestOutput] | None = ...,
         load: Global___WorkerLoad | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "load", b"load", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,6 +391,7 @@ class RequestOutput(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     STOPPED_BY_TOKEN_ID_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     finish_reason: _inference_pb2.FinishReason.ValueType
     stop_token_id: _builtins.int
@@ -362,6 +417,10 @@ class RequestOutput(_message.Message):
     def transfer(self) -> Global___TransferReport:
         """with the first token after the KV of a remote prefill is here"""
 
+    @_builtins.property
+    def moved(self) -> Global___MoveReport:
+        """before the first token here of a request with move_from"""
+
     def __init__(
         self,
         *,
@@ -375,14 +434,41 @@ class RequestOutput(_message.Message):
         stop_token_id: _builtins.int = ...,
         stopped_by_token_id: _builtins.bool = ...,
         transfer: Global___TransferReport | None = ...,
+        moved: Global___MoveReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "prefill", b"prefill", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "moved", b"moved", "prefill", b"prefill", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "prefill", b"prefill", "prompt_logprobs", b"prompt_logprobs", "stop_token_id", b"stop_token_id", "stopped_by_token_id", b"stopped_by_token_id", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "moved", b"moved", "prefill", b"prefill", "prompt_logprobs", b"prompt_logprobs", "stop_token_id", b"stop_token_id", "stopped_by_token_id", b"stopped_by_token_id", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestOutput: _TypeAlias = RequestOutput  # noqa: Y015
+
+@_typing.final
+class MoveReport(_message.Message):
+    """The request's KV is here, all of it, and the worker it came from is done with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    READ_BLOCKS_FIELD_NUMBER: _builtins.int
+    output_tokens: _builtins.int
+    """generated before; the tokens of this session come after them"""
+    read_blocks: _builtins.int
+    """blocks read for it; none were computed"""
+    def __init__(
+        self,
+        *,
+        output_tokens: _builtins.int = ...,
+        read_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens", "read_blocks", b"read_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveReport: _TypeAlias = MoveReport  # noqa: Y015
 
 @_typing.final
 class TransferReport(_message.Message):
@@ -518,8 +604,14 @@ class RequestError(_message.Message):
         OVERLOADED: RequestError._Kind.ValueType  # 3
         """the worker's queue is full"""
         DRAINING: RequestError._Kind.ValueType  # 4
-        """the worker takes no new work"""
+        """the worker takes no new work, or gives this up before it decodes"""
         INTERNAL: RequestError._Kind.ValueType  # 5
+        MOVED: RequestError._Kind.ValueType  # 6
+        """another worker has taken it over; every token sampled here has been sent"""
+        PREFILL_REFUSED: RequestError._Kind.ValueType  # 7
+        """the prefill worker drains or has another role"""
+        EXPIRED: RequestError._Kind.ValueType  # 8
+        """its time (Start.timeout_s) was over"""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: RequestError.Kind.ValueType  # 0
@@ -530,8 +622,14 @@ class RequestError(_message.Message):
     OVERLOADED: RequestError.Kind.ValueType  # 3
     """the worker's queue is full"""
     DRAINING: RequestError.Kind.ValueType  # 4
-    """the worker takes no new work"""
+    """the worker takes no new work, or gives this up before it decodes"""
     INTERNAL: RequestError.Kind.ValueType  # 5
+    MOVED: RequestError.Kind.ValueType  # 6
+    """another worker has taken it over; every token sampled here has been sent"""
+    PREFILL_REFUSED: RequestError.Kind.ValueType  # 7
+    """the prefill worker drains or has another role"""
+    EXPIRED: RequestError.Kind.ValueType  # 8
+    """its time (Start.timeout_s) was over"""
 
     KIND_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
@@ -710,6 +808,7 @@ class HandoffRequest(_message.Message):
 
     BEGIN_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    FREEZE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def begin(self) -> Global___Begin:
         """first"""
@@ -718,17 +817,22 @@ class HandoffRequest(_message.Message):
     def done(self) -> Global___Done:
         """everything named so far has been read"""
 
+    @_builtins.property
+    def freeze(self) -> Global___Freeze:
+        """MOVE: the blocks named first have been read; stop decoding now"""
+
     def __init__(
         self,
         *,
         begin: Global___Begin | None = ...,
         done: Global___Done | None = ...,
+        freeze: Global___Freeze | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "done", b"done", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "done", b"done", "freeze", b"freeze", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "done", b"done", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "done", b"done", "freeze", b"freeze", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "done"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "done", "freeze"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -749,6 +853,8 @@ class Begin(_message.Message):
     PULL_BLOCKS_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    MOVE_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     incarnation: _builtins.str
     cache_salt: _builtins.str
@@ -759,6 +865,8 @@ class Begin(_message.Message):
     """PULL: leading blocks wanted at most"""
     traceparent: _builtins.str
     """see Start.traceparent"""
+    timeout_s: _builtins.float
+    """see Start.timeout_s"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -770,6 +878,10 @@ class Begin(_message.Message):
     @_builtins.property
     def pull(self) -> Global___Pull:
         """PREFILL: see Start.pull"""
+
+    @_builtins.property
+    def move(self) -> Global___Move:
+        """MOVE: which request"""
 
     def __init__(
         self,
@@ -785,14 +897,40 @@ class Begin(_message.Message):
         pull_blocks: _builtins.int = ...,
         pull: Global___Pull | None = ...,
         traceparent: _builtins.str = ...,
+        move: Global___Move | None = ...,
+        timeout_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["move", b"move", "pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "pull_blocks", b"pull_blocks", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "move", b"move", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "pull_blocks", b"pull_blocks", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Begin: _TypeAlias = Begin  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """A request by its place on a router's session with this worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    key: _builtins.int
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        key: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
 
 @_typing.final
 class Done(_message.Message):
@@ -810,30 +948,49 @@ class Done(_message.Message):
 Global___Done: _TypeAlias = Done  # noqa: Y015
 
 @_typing.final
+class Freeze(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Freeze: _TypeAlias = Freeze  # noqa: Y015
+
+@_typing.final
 class HandoffResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BLOCKS_READY_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def blocks_ready(self) -> Global___BlocksReady: ...
     @_builtins.property
     def first_token(self) -> Global___FirstToken: ...
     @_builtins.property
     def released(self) -> Global___Released: ...
+    @_builtins.property
+    def moved(self) -> Global___Moved: ...
     def __init__(
         self,
         *,
         blocks_ready: Global___BlocksReady | None = ...,
         first_token: Global___FirstToken | None = ...,
         released: Global___Released | None = ...,
+        moved: Global___Moved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks_ready", b"blocks_ready", "first_token", b"first_token", "message", b"message", "released", b"released"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks_ready", b"blocks_ready", "first_token", b"first_token", "message", b"message", "moved", b"moved", "released", b"released"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_ready", b"blocks_ready", "first_token", b"first_token", "message", b"message", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_ready", b"blocks_ready", "first_token", b"first_token", "message", b"message", "moved", b"moved", "released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["blocks_ready", "first_token", "released"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["blocks_ready", "first_token", "released", "moved"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -922,6 +1079,30 @@ class Released(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Released: _TypeAlias = Released  # noqa: Y015
+
+@_typing.final
+class Moved(_message.Message):
+    """Where a request that was stopped to be moved stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def output_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """all tokens generated so far, earlier placements' included"""
+
+    def __init__(
+        self,
+        *,
+        output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_token_ids", b"output_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Moved: _TypeAlias = Moved  # noqa: Y015
 
 @_typing.final
 class StatusRequest(_message.Message):

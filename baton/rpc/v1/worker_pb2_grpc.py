@@ -135,8 +135,9 @@ class KvServicer:
         """One stream per request; the stream is the lease. The worker never reuses a block that a live
         Handoff still names. The reader may use what it read only after Released.
 
-        Errors: FAILED_PRECONDITION wrong incarnation, model or role; RESOURCE_EXHAUSTED queue full or
-        prompt larger than the pool; INVALID_ARGUMENT; UNAVAILABLE draining.
+        Errors: FAILED_PRECONDITION wrong incarnation or model, or the request to be moved does not decode
+        here; ABORTED the worker takes no prompts: it drains or has another role; RESOURCE_EXHAUSTED queue
+        full or prompt larger than the pool; INVALID_ARGUMENT; UNAVAILABLE the prefill failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -257,14 +258,16 @@ class WorkerAdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetRole(self, request, context):
-        """Changes what new work this worker takes; running requests go on. Weights stay in place.
+        """Changes what new work this worker takes. Weights and KV stay in place; requests that it decodes and
+        should not any more are moved to other workers, prompts it has not begun are handed back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuses new work and returns when the running work is done or `timeout_s` has passed.
+        """Refuses new work, lets the routers move the requests it decodes to other workers, and returns when
+        nothing is left or `timeout_s` has passed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
