@@ -855,6 +855,7 @@ class Begin(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     MOVE_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     incarnation: _builtins.str
     cache_salt: _builtins.str
@@ -867,6 +868,8 @@ class Begin(_message.Message):
     """see Start.traceparent"""
     timeout_s: _builtins.float
     """see Start.timeout_s"""
+    verify: _builtins.bool
+    """name blocks with their digests: the reader compares what it reads"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -899,10 +902,11 @@ class Begin(_message.Message):
         traceparent: _builtins.str = ...,
         move: Global___Move | None = ...,
         timeout_s: _builtins.float = ...,
+        verify: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["move", b"move", "pull", b"pull", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "move", b"move", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "pull_blocks", b"pull_blocks", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "held_blocks", b"held_blocks", "incarnation", b"incarnation", "move", b"move", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "pull_blocks", b"pull_blocks", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "traceparent", b"traceparent", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1005,6 +1009,7 @@ class BlocksReady(_message.Message):
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     first_index: _builtins.int
     """position in the request's chain of the first one"""
     last: _builtins.bool
@@ -1013,16 +1018,21 @@ class BlocksReady(_message.Message):
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """in the worker's pool"""
 
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of each block, BLAKE2b of 16 bytes, when Begin.verify asks for them"""
+
     def __init__(
         self,
         *,
         first_index: _builtins.int = ...,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
         last: _builtins.bool = ...,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "first_index", b"first_index", "last", b"last"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "digests", b"digests", "first_index", b"first_index", "last", b"last"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
