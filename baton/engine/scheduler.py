@@ -174,10 +174,13 @@ class Scheduler:
         """Record that a scheduled sequence's tokens were computed, in the order of the steps. Call before
         appending its new token."""
         self.abandon(scheduled)
-        sequence = scheduled.sequence
-        if sequence.state is State.RUNNING:
-            sequence.computed += scheduled.query_len
-            self._share_full_blocks(sequence)
+        if scheduled.sequence.state is State.RUNNING:
+            self.compute(scheduled.sequence, scheduled.query_len)
+
+    def compute(self, sequence: Sequence, tokens: int) -> None:
+        """Record that the KV of the sequence's next `tokens` tokens is in its blocks."""
+        sequence.computed += tokens
+        self._share_full_blocks(sequence)
 
     def abandon(self, scheduled: Scheduled) -> None:
         """Record that a step ended, for one of its sequences, with nothing to show for it."""

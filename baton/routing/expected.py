@@ -61,46 +61,51 @@ class Expected:
     """
 
     def __init__(self) -> None:
-        self._workers: dict[str, dict[bytes, _Family]] = {}
+        self._families: dict[bytes, dict[str, _Family]] = {}
+        """By the first block of the prompts, then by worker."""
 
     def add(self, worker_id: str, chain: Sequence[bytes]) -> Coming:
         """A prompt whose blocks are named by `chain` goes to the worker."""
         if not chain:
             return Coming(worker_id, chain, None)
         first = chain[0]
-        families = self._workers.setdefault(worker_id, {})
-        family = families.get(first)
+        alike = self._families.setdefault(first, {})
+        family = alike.get(worker_id)
         if family is None:
-            family = families[first] = _Family(first)
+            family = alike[worker_id] = _Family(first)
         coming = Coming(worker_id, chain, family)
         family.unnamed[coming] = None
         return coming
 
     def remove(self, coming: Coming) -> None:
         """A prompt that was added is computed, or never will be. Once for each."""
-        family, families = coming.family, self._workers.get(coming.worker_id, {})
-        if family is None or families.get(family.first) is not family:
-            return  # it has no whole block, or the worker was forgotten meanwhile
+        family = coming.family
+        if family is None:
+            return  # it has no whole block
+        alike = self._families.get(family.first, {})
+        if alike.get(coming.worker_id) is not family:
+            return  # the worker was forgotten meanwhile
         family.remove(coming)
         if family.empty:
-            del families[family.first]
-            if not families:
-                del self._workers[coming.worker_id]
+            self._drop(coming.worker_id, family.first)
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone."""
-        self._workers.pop(worker_id, None)
+        for first in [first for first, alike in self._families.items() if worker_id in alike]:
+            self._drop(worker_id, first)
 
     def lookup(self, chain: Sequence[bytes]) -> dict[str, int]:
         """How many leading blocks of a chain each worker is about to hold; those with none are left out."""
-        found = {}
-        if chain and self._workers:
-            first = chain[0]
-            for worker_id, families in self._workers.items():
-                family = families.get(first)
-                if family is not None:
-                    found[worker_id] = _leading(chain, family.blocks())
-        return found
+        if not chain or not self._families:
+            return {}
+        alike = self._families.get(chain[0], {})
+        return {worker_id: _leading(chain, family.blocks()) for worker_id, family in alike.items()}
+
+    def _drop(self, worker_id: str, first: bytes) -> None:
+        alike = self._families[first]
+        del alike[worker_id]
+        if not alike:
+            del self._families[first]
 
 
 def _leading(chain: Sequence[bytes], known: Counter[bytes]) -> int:

@@ -70,10 +70,14 @@ class Curve:
             return 0.0
         if len(points) == 1:
             return self.scale * points[0][1] * size / points[0][0]
-        at = bisect_left(points, (size, 0.0), 1, len(points) - 1)
+        at = bisect_left(self._sizes, size, 1, len(points) - 1)
         (x0, y0), (x1, y1) = points[at - 1], points[at]
         seconds = y0 + (y1 - y0) * (size - x0) / (x1 - x0)
         return self.scale * seconds if seconds > 0 else 0.0
+
+    @cached_property
+    def _sizes(self) -> tuple[float, ...]:
+        return tuple(size for size, _ in self.points)
 
 
 @dataclass(frozen=True)

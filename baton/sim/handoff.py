@@ -191,9 +191,7 @@ class Handoff:
         sequence = SimSequence(self.job, self._block_tokens)
         sequence.started = True
         decode.reservations.hand_over(reservation)
-        decode.scheduler.adopt(sequence, reservation.blocks, reservation.held)
-        decode.publish()
-        decode.changed()
+        decode.adopt(sequence, reservation.blocks, reservation.held)
 
     def _give_up(self, reason: str) -> None:
         if not self._over:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, floor, sqrt
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from baton.bench.records import Gaps
@@ -19,6 +19,7 @@ from baton.sim.cluster import SimCluster, WorkerSpec, WorkerTotals
 from baton.sim.job import Job, SimSequence
 from baton.sim.network import Card, Network
 from baton.sim.speed import Chunk
+from baton.sim.steady import Steady
 
 if TYPE_CHECKING:
     from baton.sim.handoff import Handoff, Pull
@@ -57,7 +58,8 @@ class World(Protocol):
 
 @dataclass(eq=False, slots=True)
 class _Step:
-    """What is being computed: one step, or a leap of `steps` in which the same sequences decode.
+    """What is being computed: `batch` in one step, or, with an empty one, a leap of `steps` in which the
+    worker's steady sequences decode.
 
     The first takes `first_s`, each further one `growth_s` more than the one before. `turn` tells the
     current end from those that a shortened leap outlived.
@@ -75,12 +77,17 @@ class _Step:
 
     def steps_until(self, seconds: float) -> int:
         """Whole steps that end at or after so many seconds: the one under way is finished."""
+        return max(1, ceil(self._steps_in(seconds) - 1e-9))
+
+    def steps_within(self, seconds: float) -> int:
+        """Whole steps that end within so many seconds."""
+        return min(self.steps, floor(self._steps_in(seconds) + 1e-9))
+
+    def _steps_in(self, seconds: float) -> float:
         if self.growth_s <= 0:
-            steps = seconds / self.first_s
-        else:
-            half = self.first_s / self.growth_s - 0.5
-            steps = sqrt(half * half + 2 * seconds / self.growth_s) - half
-        return max(1, ceil(steps - 1e-9))
+            return seconds / self.first_s
+        half = self.first_s / self.growth_s - 0.5
+        return sqrt(half * half + 2 * seconds / self.growth_s) - half
 
 
 class SimWorker:
@@ -106,6 +113,9 @@ class SimWorker:
         self.totals = WorkerTotals(worker_id, spec.gpus, world.clock.now_s, role=spec.role)
         self._world = world
         self._clock = world.clock
+        self._steady = Steady(self.scheduler, world.gaps)
+        self._adopted: list[SimSequence] = []
+        self._computes_prompts = False
         self._step: _Step | None = None
         self._reports = deque([self._report_now()])
 
@@ -119,6 +129,13 @@ class SimWorker:
         """
         sequence.arrived_s = self._clock.now_s
         self.scheduler.submit(sequence)
+        self.changed()
+
+    def adopt(self, sequence: SimSequence, blocks: list[int], held: int) -> None:
+        """Decode a sequence whose KV is there, see `Scheduler.adopt`."""
+        self.scheduler.adopt(sequence, blocks, held)
+        self._adopted.append(sequence)
+        self.publish()
         self.changed()
 
     def cancel(self, sequence: SimSequence) -> None:
@@ -154,14 +171,15 @@ class SimWorker:
         return not (self.jobs or self.handoffs or self.pulls)
 
     def die(self) -> None:
-        """Compute nothing any more."""
-        if self._step is not None:
-            self.totals.busy_s += min(
-                self._clock.now_s - self._step.began_s, self._step.seconds(self._step.steps)
-            )
-        self.alive = False
+        """Compute nothing any more; clients have the tokens of every step that has ended."""
+        step, now_s = self._step, self._clock.now_s
         self._step = None
-        self.close()
+        if step is not None:
+            self.totals.busy_s += min(now_s - step.began_s, step.seconds(step.steps))
+            if not step.batch and (done := step.steps_within(now_s - step.began_s)):
+                self._advance(step, done, step.began_s + step.seconds(done))
+        self._steady.dissolve()
+        self.alive = False
 
     def close(self) -> WorkerTotals:
         """The totals, up to now."""
@@ -210,11 +228,12 @@ class SimWorker:
 
     def _report_now(self) -> LoadReport:
         scheduler = self.scheduler
+        prompts = scheduler.waiting or self._computes_prompts
         return LoadReport(
             self._clock.now_s,
             len(scheduler.running),
             len(scheduler.waiting) + self.reservations.waiting + self.reservations.reading,
-            scheduler.queued_tokens,
+            scheduler.queued_tokens if prompts else 0,
             self.pool.available,
             self.pool.cached,
         )
@@ -225,10 +244,35 @@ class SimWorker:
         """Begin the next step, if there is one to compute."""
         if self._step is not None or not self.alive:
             return
-        self.scheduler.admits = not self.reservations.waiting
-        batch = self.scheduler.schedule()
-        if not batch:
-            return
+        step = self._go_on() or self._schedule()
+        self._adopted.clear()
+        if step is not None:
+            self._step = step
+            self._clock.after(step.seconds(step.steps), self._end, step, step.turn)
+
+    def _go_on(self) -> _Step | None:
+        """A leap of who decodes already and who was adopted since; None if the scheduler has to choose.
+
+        It would choose just them: nobody waits, all may run together, and there are blocks for all.
+        """
+        steady, scheduler, limits = self._steady, self.scheduler, self.scheduler.limits
+        together = len(steady) + len(self._adopted)
+        if not len(steady) or scheduler.waiting or together != len(scheduler.running):
+            return None
+        if together > min(limits.max_batch_requests, limits.max_batch_tokens):
+            return None
+        if self.pool.available < together:
+            return None
+        for sequence in self._adopted:
+            steady.join(sequence)
+        return self._leap()
+
+    def _schedule(self) -> _Step | None:
+        """The step that the scheduler chooses; None if there is nothing to compute."""
+        steady, scheduler = self._steady, self.scheduler
+        steady.dissolve()
+        scheduler.admits = not self.reservations.waiting
+        batch = scheduler.schedule()
         now_s = self._clock.now_s
         context = decoding = 0
         chunks = []
@@ -243,38 +287,25 @@ class SimWorker:
                 sequence.first_scheduled_s = now_s
                 if sequence.work is Work.PREFILL:
                     _handoff(sequence).announce(final=False)
+        self._computes_prompts = bool(chunks)
         if chunks:
-            step = _Step(batch, now_s, self.spec.speed.step_s(decoding, context, chunks))
-        else:
-            step = self._leap(batch, context)
-        self._step = step
-        self._clock.after(step.seconds(step.steps), self._end, step, step.turn)
+            return _Step(batch, now_s, self.spec.speed.step_s(decoding, context, chunks))
+        for item in batch:
+            assert isinstance(item.sequence, SimSequence)
+            scheduler.abandon(item)
+            steady.join(item.sequence)
+        return self._leap() if batch else None
 
-    def _leap(self, batch: list[Scheduled], context: int) -> _Step:
+    def _leap(self) -> _Step:
         """As many steps as bring nothing but tokens: no end, no want of blocks.
 
         What waits to be admitted goes on waiting meanwhile: only an end makes room, or a call from
         outside, which shortens the leap.
         """
-        fixed_s, per_token_s = self.spec.speed.decode_line(len(batch))
-        step = _Step(batch, self._clock.now_s, fixed_s + per_token_s * context, per_token_s * len(batch))
-        steps = _LONGEST_LEAP
-        for item in batch:
-            sequence = item.sequence
-            left = sequence.sampling.max_tokens - len(sequence.tokens) + sequence.prompt_len
-            if left < steps:
-                steps = left
-        if steps > 1:
-            wanted = [
-                max(0, sequence.blocks_for(len(sequence.tokens) + steps - 1) - len(sequence.blocks))
-                for sequence in (item.sequence for item in batch)
-            ]
-            if sum(wanted) <= self.pool.available:
-                for item, count in zip(batch, wanted, strict=True):
-                    if count:
-                        item.sequence.blocks += self.pool.allocate(count)
-                step.steps = steps
-        return step
+        steady = self._steady
+        fixed_s, per_token_s = self.spec.speed.decode_line(len(steady))
+        first_s, growth_s = fixed_s + per_token_s * steady.context, per_token_s * len(steady)
+        return _Step([], self._clock.now_s, first_s, growth_s, steady.plan(_LONGEST_LEAP))
 
     def _end(self, step: _Step, turn: int) -> None:
         if self._step is not step or step.turn != turn:
@@ -282,8 +313,10 @@ class SimWorker:
         self._step = None
         now_s, totals = self._clock.now_s, self.totals
         totals.busy_s += now_s - step.began_s
-        totals.steps += step.steps
-        self._record(step, now_s)
+        if step.batch:
+            self._record(step, now_s)
+        else:
+            self._advance(step, step.steps, now_s)
         self.reservations.grant()
         self.publish()
         in_use = self.pool.pinned
@@ -292,30 +325,35 @@ class SimWorker:
         self._begin()
         self.note()
 
-    def _record(self, step: _Step, now_s: float) -> None:
-        scheduler, totals, steps = self.scheduler, self.totals, step.steps
+    def _advance(self, step: _Step, steps: int, ended_s: float) -> None:
+        """The first `steps` of a leap have ended."""
         hops_s = 2 * self._world.cluster.network_s
-        seen_s, began_s = now_s + hops_s, step.began_s + hops_s
-        mean_s = (now_s - step.began_s) / steps
-        in_a_row = 0
+        self.totals.steps += steps
+        self.totals.output_tokens += steps * len(self._steady)
+        for sequence in self._steady.advance(steps, step.began_s + hops_s, step.first_s, ended_s + hops_s):
+            self._finish(sequence)
+
+    def _record(self, step: _Step, now_s: float) -> None:
+        """A step of prompts, and perhaps of decodes beside them, has ended."""
+        scheduler, totals = self.scheduler, self.totals
+        totals.steps += 1
+        seen_s = now_s + 2 * self._world.cluster.network_s
         for item in step.batch:
             sequence = item.sequence
             assert isinstance(sequence, SimSequence)
-            decodes, samples = sequence.started and item.query_len == 1, item.samples
-            if not decodes:
+            if not sequence.started or item.query_len > 1:
                 totals.computed_tokens += item.query_len
-            sequence.computed += steps - 1
             scheduler.advance(item)
             if sequence.cancelled:
                 scheduler.release(sequence)
                 continue
-            if not samples:
+            if not item.samples:
                 if sequence.work is Work.PREFILL:
                     _handoff(sequence).announce(final=False)
                 continue
             job = sequence.job
-            sequence.extend(steps)
-            totals.output_tokens += steps
+            sequence.extend(1)
+            totals.output_tokens += 1
             if sequence.work is Work.PREFILL:
                 self._prefilled(sequence, now_s)
                 scheduler.hold(sequence)
@@ -324,27 +362,21 @@ class SimWorker:
             if not sequence.started:
                 self._prefilled(sequence, now_s)
                 sequence.started = True
-            if job.output == 0:
-                job.first_s = seen_s
-            elif job.last_s == began_s:
-                job.gaps.append((mean_s, steps))
-                in_a_row += steps
+            if job.output:
+                gap_s = seen_s - job.last_s
+                job.gaps.append((gap_s, 1))
+                self._world.gaps.add(gap_s)
             else:
-                # The first of the steps ends a longer gap, or a shorter one after the first token.
-                first_s = began_s + step.first_s - job.last_s
-                job.gaps.append((first_s, 1))
-                self._world.gaps.add(first_s)
-                if steps > 1:
-                    job.gaps.append((mean_s, steps - 1))
-                    in_a_row += steps - 1
-            job.output += steps
+                job.first_s = seen_s
+            job.output += 1
             job.last_s = seen_s
             if sequence.finished:
-                scheduler.release(sequence)
-                del self.jobs[job]
-                self._world.finished(job)
-        if in_a_row:
-            self._world.gaps.add(mean_s, in_a_row)
+                self._finish(sequence)
+
+    def _finish(self, sequence: SimSequence) -> None:
+        self.scheduler.release(sequence)
+        del self.jobs[sequence.job]
+        self._world.finished(sequence.job)
 
     def _prefilled(self, sequence: SimSequence, now_s: float) -> None:
         self._world.prefilled(sequence, self, now_s - sequence.first_scheduled_s)
