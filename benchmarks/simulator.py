@@ -38,7 +38,8 @@ from baton.config import PolicyName
 from baton.routing import Role
 from baton.sim.cluster import SimCluster, WorkerSpec
 from baton.sim.profiles import speed_of
-from baton.sim.simulator import SimReport, simulate
+from baton.sim.report import SimReport
+from baton.sim.simulator import simulate
 from baton.sim.speed import Speed
 from baton.sim.workload import from_trace
 
@@ -262,7 +263,6 @@ def scale(arguments: argparse.Namespace) -> list[Figure]:
         block_tokens=MOONCAKE_BLOCK,
         kv_bytes_per_token=LLAMA_KV_BYTES,
         routers=4,
-        candidates=8,
     )
     rows = timed(Synthetic(1155, 211, spread=0.9).rows(Random(3)), "poisson", 3.0 * workers, Random(4))
     began_s = time.perf_counter()

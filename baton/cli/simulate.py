@@ -18,7 +18,8 @@ from baton.config import BadSetting, PolicyName
 from baton.routing import Role
 from baton.sim.cluster import SimCluster, WorkerSpec
 from baton.sim.profiles import NAMES, speed_of
-from baton.sim.simulator import SimReport, simulate
+from baton.sim.report import SimReport
+from baton.sim.simulator import simulate
 from baton.sim.workload import from_trace
 
 
@@ -45,11 +46,6 @@ from baton.sim.workload import from_trace
 @click.option("--gpus-per-worker", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--price-per-gpu-hour", type=POSITIVE, help="in any currency")
 @click.option("--routers", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option(
-    "--candidates", type=click.IntRange(min=0), default=0, show_default=True,
-    help="workers of each role that a router weighs per request, drawn at random beside the holders of "
-    "its prefix; 0 is all",
-)  # fmt: skip
 @load_options
 @report_options
 def simulate_command(**given: Any) -> None:
@@ -96,7 +92,6 @@ def _cluster(given: dict[str, Any]) -> SimCluster:
         kv_bytes_per_token=given["kv_bytes_per_token"],
         policy=given["policy"],
         routers=given["routers"],
-        candidates=given["candidates"],
     )
 
 

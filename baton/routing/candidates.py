@@ -100,10 +100,11 @@ def offers(
     sources = pull_sources(request, cluster)
     sides = [_decode_side(worker, request) for worker in decoders]
     prefillers = cluster.prefillers(request)
-    return [
-        *_remote(request, sides, [prefill_cost(w, request, sources) for w in prefillers], shortlist),
-        *_local(request, sides, sources, bool(prefillers)),
-    ]
+    if not prefillers:
+        return _local(request, sides, sources, others_prefill=False)
+    prefills = [prefill_cost(worker, request, sources) for worker in prefillers]
+    local = _local(request, _likely(request, sides, shortlist), sources, others_prefill=True)
+    return _remote(request, sides, prefills, shortlist) + local
 
 
 def _decode_side(worker: WorkerView, request: Request) -> _DecodeSide:
@@ -115,8 +116,6 @@ def _remote(
     request: Request, sides: Sequence[_DecodeSide], prefills: Sequence[PrefillCost], shortlist: int
 ) -> list[Offer]:
     """Prefilled by one worker, decoded by another that reads what it lacks."""
-    if not prefills:
-        return []
     waiting = WAITING[request.slo]
 
     def alone(prefill: PrefillCost) -> tuple[float, int]:
@@ -139,6 +138,16 @@ def _remote(
         for side in sides
         for prefill in prefills
     ]
+
+
+def _likely(request: Request, sides: Sequence[_DecodeSide], shortlist: int) -> Sequence[_DecodeSide]:
+    """The sides that have something of the prompt, and of the others those where decoding costs least."""
+    if len(sides) <= shortlist:
+        return sides
+    have = request.held.keys() | request.expected.keys()
+    others = [side for side in sides if side.worker.worker_id not in have]
+    nearest = nsmallest(shortlist, others, key=lambda side: (side.decode_s, requests_on(side.worker)))
+    return [side for side in sides if side.worker.worker_id in have] + nearest
 
 
 def _local(

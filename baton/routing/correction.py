@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import exp, log
 
-from baton.routing.view import WorkerView
+from baton.routing.view import Curve, WorkerView
 
 _WEIGHT = 0.1
 _MOST = log(8.0)
@@ -21,6 +21,7 @@ class Correction:
 
     def __init__(self) -> None:
         self._log_factors: dict[str, float] = {}
+        self._curves: dict[str, tuple[Curve, Curve]] = {}
 
     def learn(self, worker_id: str, predicted_s: float, actual_s: float) -> None:
         """A prefill that the measured curve, uncorrected, put at `predicted_s` took `actual_s`."""
@@ -29,18 +30,27 @@ class Correction:
         off = max(-_MOST, min(_MOST, log(actual_s) - log(predicted_s)))
         known = self._log_factors.get(worker_id, 0.0)
         self._log_factors[worker_id] = known + _WEIGHT * (off - known)
+        self._curves.pop(worker_id, None)
 
     def factor(self, worker_id: str) -> float:
         """What the worker's predictions are multiplied by; 1 while nothing was learnt."""
         return exp(self._log_factors.get(worker_id, 0.0))
 
+    def curve(self, worker_id: str, measured: Curve) -> Curve:
+        """The prefill curve that the worker measured, as learnt."""
+        if worker_id not in self._log_factors:
+            return measured
+        known = self._curves.get(worker_id)
+        if known is None or known[0] is not measured:
+            known = self._curves[worker_id] = measured, replace(measured, scale=self.factor(worker_id))
+        return known[1]
+
     def apply(self, worker: WorkerView) -> WorkerView:
         """The worker with its prefill curve as learnt."""
-        if worker.worker_id not in self._log_factors:
-            return worker
-        curve = replace(worker.prefill_curve, scale=self.factor(worker.worker_id))
-        return replace(worker, prefill_curve=curve)
+        curve = self.curve(worker.worker_id, worker.prefill_curve)
+        return worker if curve is worker.prefill_curve else replace(worker, prefill_curve=curve)
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone; another process under its id starts from its own measurements."""
         self._log_factors.pop(worker_id, None)
+        self._curves.pop(worker_id, None)

@@ -17,6 +17,8 @@ class LeastLoaded(Policy):
     Prefill work is prompt tokens promised and not yet computed, decode work is requests.
     """
 
+    weighs = True
+
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 

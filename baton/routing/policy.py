@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from baton.routing.candidates import all_candidates
 from baton.routing.placement import Candidate, Placement
@@ -11,6 +12,9 @@ from baton.routing.view import ClusterView, Request
 
 class Policy(ABC):
     """Chooses where a request runs. One file per policy; no sockets, clocks or tensors."""
+
+    weighs: ClassVar[bool] = False
+    """Whether it compares workers, and may be shown the likely ones alone (`baton.routing.nominees`)."""
 
     @abstractmethod
     def choose(self, request: Request, cluster: ClusterView) -> Placement:

@@ -17,6 +17,8 @@ class Prefix(Policy):
     What is weighed are the seconds of `Terms`: until the first token, and taken from other requests.
     """
 
+    weighs = True
+
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 

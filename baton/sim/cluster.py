@@ -9,6 +9,7 @@ from baton.bench.records import RequestRecord
 from baton.config import PolicyName
 from baton.routing import Role, WorkerView
 from baton.routing.admission import Limits as AdmissionLimits
+from baton.routing.nominees import EVERYBODY
 from baton.sim.speed import Speed
 
 
@@ -48,8 +49,8 @@ class SimCluster:
         block_tokens: tokens per KV block, a power of two.
         kv_bytes_per_token: what moving a token's KV takes.
         routers: each knows the others' promises `share_s` late. Requests go to them in turn.
-        candidates: how many workers of each role a router weighs per request: those that hold most of the
-            prompt, the rest drawn at random. 0 is all of them, which a router does up to some hundred.
+        weighed: up to how many workers of a role a router weighs all of them, see `baton.routing.nominees`.
+        placements: as the setting `max_placements`.
         network_s: what a message between two processes takes.
         router_s: what the router does before it places a request: parse, tokenize.
         detect_s: until a dead worker's requests are placed anew.
@@ -63,7 +64,8 @@ class SimCluster:
     kv_bytes_per_token: int = 131_072
     policy: PolicyName = "prefix"
     routers: int = 1
-    candidates: int = 0
+    weighed: int = EVERYBODY
+    placements: int = 4
     network_s: float = 0.0005
     router_s: float = 0.001
     share_s: float = 0.010

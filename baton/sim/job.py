@@ -11,6 +11,7 @@ from baton.bench.records import RequestRecord, mooncake_tbt_s
 from baton.engine.sequence import Sequence, Work
 from baton.routing import Placement
 from baton.routing.admission import Ticket
+from baton.routing.attempts import Attempts
 from baton.sampling import Sampling
 from baton.sim.workload import SimRequest
 
@@ -24,17 +25,17 @@ _ROOT = bytes(16)
 class Job:
     """A request from its arrival to its end, across placements.
 
-    `attempt` counts placements: what was set going for an earlier one is ignored. Times are the client's.
+    `attempt` counts placements, those that found no worker too: what was set going for an earlier one is
+    ignored. Times are the client's.
     `gaps` are between its tokens, as (seconds, how often).
     """
 
     number: int
     request: SimRequest
     router: int
+    attempts: Attempts
     attempt: int = 0
-    placements: int = 0
     placement: Placement | None = None
-    avoid: frozenset[str] = frozenset()
     output: int = 0
     first_s: float = nan
     last_s: float = nan

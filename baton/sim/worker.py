@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import ceil, floor, sqrt
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -105,6 +106,8 @@ class SimWorker:
         self.scheduler = Scheduler(self.pool, limits)
         self.reservations = Reservations(self.scheduler)
         self.card = Card(spec.network_bytes_per_s)
+        self.messages = count(1)
+        """Numbers what it tells the index."""
         self.jobs: dict[Job, None] = {}
         self.handoffs: dict[Handoff, None] = {}
         self.pulls: dict[Pull, None] = {}

@@ -70,7 +70,7 @@ CLUSTERS = st.builds(
     kv_bytes_per_token=st.sampled_from([1000, 1_000_000]),
     policy=st.sampled_from(["prefix", "least-loaded", "random"]),
     routers=st.integers(1, 2),
-    candidates=st.sampled_from([0, 1]),
+    weighed=st.sampled_from([1, 32]),
     failures=st.lists(
         st.builds(
             Failure,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from baton.bench.trace import TraceRow
 from baton.routing import Role
 from baton.sim.cluster import Failure, SimCluster, WorkerSpec
-from baton.sim.simulator import SimReport, simulate
+from baton.sim.report import SimReport
+from baton.sim.simulator import simulate
 from baton.sim.speed import LinearSpeed
 from baton.sim.workload import from_trace
 

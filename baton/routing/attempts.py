@@ -1,0 +1,35 @@
+"""How often is a request placed, whom does it keep away from, and how long may it wait for a worker?"""
+
+from __future__ import annotations
+
+NOBODY: frozenset[str] = frozenset()
+
+REPLACEMENT_WAIT_S = 15.0
+"""For how long a request that was placed before waits for the cluster to change: a worker that takes over may
+still be starting, which takes longer than to notice that one has died."""
+
+
+class Attempts:
+    """The placements of one request, of which there may be `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.left = most
+        """Placements that there may still be."""
+        self._failed = NOBODY
+
+    @property
+    def avoiding(self) -> tuple[frozenset[str], ...]:
+        """Whom to keep away from, in the order in which to ask: those where it has failed, then nobody, because
+        they may be all there is, and well again."""
+        return (self._failed, NOBODY) if self._failed else (NOBODY,)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds for which it may wait to be placeable: a first placement is made now or never."""
+        return REPLACEMENT_WAIT_S if self._failed else 0.0
+
+    def failed(self, worker_id: str) -> bool:
+        """Count a placement that ended early through a worker; whether there may be another."""
+        self._failed |= {worker_id}
+        self.left -= 1
+        return self.left > 0

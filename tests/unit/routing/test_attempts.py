@@ -1,0 +1,23 @@
+"""A request is placed a few times, each time away from where it failed."""
+
+from __future__ import annotations
+
+from baton.routing.attempts import NOBODY, Attempts
+
+
+def test_a_first_placement_avoids_nobody_and_does_not_wait() -> None:
+    attempts = Attempts(2)
+    assert (attempts.avoiding, attempts.wait_s) == ((NOBODY,), 0.0)
+
+
+def test_a_replacement_waits_and_keeps_away_from_all_that_failed_as_long_as_it_can() -> None:
+    attempts = Attempts(4)
+    assert attempts.failed("a")
+    assert attempts.failed("b")
+    assert attempts.avoiding == (frozenset({"a", "b"}), NOBODY)
+    assert attempts.wait_s > 0
+
+
+def test_there_are_as_many_placements_as_were_allowed() -> None:
+    attempts = Attempts(3)
+    assert [attempts.failed("a"), attempts.failed("a"), attempts.failed("a")] == [True, True, False]
