@@ -118,6 +118,9 @@ class WorkerSettings:
         30.0, "seconds a stopping worker lets running requests finish", minimum=0
     )
     handoff_timeout_s: float = setting(120.0, "seconds a handoff may wait for its next message", minimum=0.1)
+    kv_verify: bool = setting(
+        False, "compare digests of the KV blocks read from other workers with those of their source"
+    )
     pull_timeout_s: float = setting(
         10.0,
         "seconds reading a cached prefix from a peer may take before it is computed instead",

@@ -19,13 +19,14 @@ def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> StartCluster:
     """Starts clusters: `with start_cluster("--hybrid", "1", model=folder) as cluster: ...`.
 
     The arguments are flags of `baton up`; ports are free ones unless given; `environ` is added to the
-    environment, which has no BATON_ variables otherwise.
+    environment, which has no BATON_ variables otherwise but the one that has all KV verified.
     """
 
     def start(
         *flags: str, model: Path | str | None = None, environ: dict[str, str] | None = None
     ) -> AbstractContextManager[Cluster]:
-        return run_cluster(tmp_path_factory.mktemp("cluster"), *flags, model=model, environ=environ)
+        verified = {"BATON_KV_VERIFY": "true", **(environ or {})}
+        return run_cluster(tmp_path_factory.mktemp("cluster"), *flags, model=model, environ=verified)
 
     return start
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from baton.errors import BatonError, HandoffFailed
 from baton.kv.hashing import KvLayout
+from baton.transfer.verify import digests_of
 
 if TYPE_CHECKING:
     import torch
@@ -166,9 +167,15 @@ class Transfer(ABC):
     what of that needs this process's help happens on a thread that sleeps until a peer asks.
     """
 
+    _pool: Pool
+
     @abstractmethod
     def describe(self) -> PoolDescription:
         """This worker's pool, for its peers. The same value every time; costs nothing."""
+
+    def digests(self, blocks: Sequence[int]) -> list[bytes]:
+        """BLAKE2b of the content of blocks of this worker's pool; see `digests_of`. Blocks."""
+        return digests_of(self._pool.storage, blocks)
 
     @abstractmethod
     async def add_peer(self, description: PoolDescription) -> None:

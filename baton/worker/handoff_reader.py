@@ -170,7 +170,9 @@ class _Exchange:
     async def _read(self, message: worker_pb2.BlocksReady) -> None:
         first = message.first_index
         destination = self.reservation.blocks[first : first + len(message.block_ids)]
-        await self.peers.read(self.peer, list(message.block_ids), destination, self.timeout_s)
+        await self.peers.read(
+            self.peer, list(message.block_ids), destination, self.timeout_s, message.digests
+        )
 
     async def _next(
         self, call: grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]
@@ -193,6 +195,7 @@ class _Exchange:
             sampling=self.start.sampling,
             cache_salt=self.start.cache_salt,
             held_blocks=self.reservation.held,
+            verify=self.peers.verify,
             pull=self.start.pull if self.start.HasField("pull") else None,
         )
 

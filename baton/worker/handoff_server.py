@@ -73,13 +73,33 @@ class KvService(worker_pb2_grpc.KvServicer):
             await self._puller.pull(choice, begin.pull)
         self._state.engine.submit(choice)
         try:
-            while not await _announce(output := await lease.next(), context):
+            while not await self._announce(output := await lease.next(), begin, context):
                 pass
             if output.finish_reason is not None:
                 return
             await _release(requests, context)
         finally:
             self._state.engine.cancel(choice)
+
+    async def _announce(self, output: Output, begin: worker_pb2.Begin, context: HandoffContext) -> bool:
+        """Send the first token, then the blocks; True when nothing follows.
+
+        Raises:
+            Unavailable: the prefill failed.
+        """
+        if output.error:
+            raise Unavailable(f"prefill failed: {output.error}")
+        if output.sampled is not None:
+            await context.write(worker_pb2.HandoffResponse(first_token=first_token_to(output)))
+        last = output.sampled is not None
+        if output.finish_reason is None and (output.ready is not None or last):
+            ready = worker_pb2.BlocksReady(last=last)
+            if output.ready is not None:
+                ready.first_index = output.ready.first_index
+                ready.block_ids.extend(output.ready.blocks)
+            ready = await self._state.named(ready, begin)
+            await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
+        return last
 
     async def _lend(
         self,
@@ -102,6 +122,7 @@ class KvService(worker_pb2_grpc.KvServicer):
             ready = worker_pb2.BlocksReady(
                 first_index=begin.held_blocks, block_ids=pinned.blocks[begin.held_blocks :], last=True
             )
+            ready = await state.named(ready, begin)
             await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
             pinned.copied = await _release(requests, context)
         finally:
@@ -129,26 +150,6 @@ class _Lease:
 
     async def next(self) -> Output:
         return await self._outputs.get()
-
-
-async def _announce(output: Output, context: HandoffContext) -> bool:
-    """Send the first token, then the blocks; True when nothing follows.
-
-    Raises:
-        Unavailable: the prefill failed.
-    """
-    if output.error:
-        raise Unavailable(f"prefill failed: {output.error}")
-    if output.sampled is not None:
-        await context.write(worker_pb2.HandoffResponse(first_token=first_token_to(output)))
-    last = output.sampled is not None
-    if output.finish_reason is None and (output.ready is not None or last):
-        ready = worker_pb2.BlocksReady(last=last)
-        if output.ready is not None:
-            ready.first_index = output.ready.first_index
-            ready.block_ids.extend(output.ready.blocks)
-        await context.write(worker_pb2.HandoffResponse(blocks_ready=ready))
-    return last
 
 
 async def _release(requests: AsyncIterator[worker_pb2.HandoffRequest], context: HandoffContext) -> bool:

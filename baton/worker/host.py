@@ -238,7 +238,7 @@ class Worker:
             attention_backend=loaded.attention.name,
             metrics_address=f"{chosen.worker_host}:{metrics_server.server_port}",
         )
-        peers = Peers(worker_id, transfer)
+        peers = Peers(worker_id, transfer, chosen.kv_verify)
         stack.push_async_callback(peers.close)
 
         async def snapshot() -> Sequence[Event]:

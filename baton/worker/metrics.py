@@ -17,6 +17,9 @@ KV_TRANSFER_SECONDS = Histogram(
     "Seconds of one read of KV blocks from another worker",
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
+KV_VERIFICATIONS = Counter(
+    "baton_kv_verifications", "Reads of KV that were compared with the source, by outcome", ["outcome"]
+)
 HANDOFFS = Counter("baton_handoffs", "Handoffs read by this worker, by how they ended", ["outcome"])
 PEER_READ_RATE = Gauge(
     "baton_peer_read_bytes_per_second", "Measured speed of reads from each other worker", ["peer"]

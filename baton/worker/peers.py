@@ -14,11 +14,13 @@ from baton.routing.rates import ReadRates
 from baton.rpc.channels import open_channel
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.base import ReadReport, Transfer
+from baton.transfer.verify import require_equal
 from baton.transfer.wire import description_from_proto
 from baton.worker.metrics import (
     KV_TRANSFER_BLOCKS,
     KV_TRANSFER_BYTES,
     KV_TRANSFER_SECONDS,
+    KV_VERIFICATIONS,
     PEER_READ_RATE,
 )
 
@@ -47,6 +49,7 @@ class Peers:
 
     reader_id: str
     transfer: Transfer
+    verify: bool = False  # ask for digests of blocks, and compare them with what was read
     read_bytes: int = 0
     _rates: ReadRates[str] = field(default_factory=ReadRates)
     _known: dict[str, Peer] = field(default_factory=dict)
@@ -69,16 +72,40 @@ class Peers:
             return peer
 
     async def read(
-        self, peer: Peer, source_blocks: Sequence[int], destination_blocks: Sequence[int], timeout_s: float
+        self,
+        peer: Peer,
+        source_blocks: Sequence[int],
+        destination_blocks: Sequence[int],
+        timeout_s: float,
+        digests: Sequence[bytes] = (),
     ) -> ReadReport:
-        """Read blocks of the peer into blocks of this worker's pool; ends as `Transfer.read` does."""
+        """Read blocks of the peer into blocks of this worker's pool; ends as `Transfer.read` does.
+
+        `digests` are what the peer named the blocks with.
+
+        Raises:
+            HandoffFailed: as `Transfer.read`, or, with `verify`, something else arrived than the peer has.
+        """
         report = await self.transfer.read(peer.agent_name, source_blocks, destination_blocks, timeout_s)
+        if self.verify:
+            await self._verify(peer, source_blocks, destination_blocks, digests)
         self._rate(peer.agent_name, report)
         self.read_bytes += report.bytes
         KV_TRANSFER_BYTES.inc(report.bytes)
         KV_TRANSFER_BLOCKS.inc(len(destination_blocks))
         KV_TRANSFER_SECONDS.observe(report.seconds)
         return report
+
+    async def _verify(
+        self, peer: Peer, source: Sequence[int], destination: Sequence[int], digests: Sequence[bytes]
+    ) -> None:
+        found = await asyncio.to_thread(self.transfer.digests, destination)
+        try:
+            require_equal(str(peer), source, digests, found)
+        except HandoffFailed:
+            KV_VERIFICATIONS.labels("failed").inc()
+            raise
+        KV_VERIFICATIONS.labels("passed").inc()
 
     def read_rates(self) -> dict[str, float]:
         """Measured bytes per second of reads from each peer, by worker id: a moving average."""

@@ -98,6 +98,7 @@ class Puller:
                 held_blocks=pinned.held,
                 purpose=worker_pb2.PULL,
                 pull_blocks=blocks,
+                verify=self._peers.verify,
             )
             await call.write(worker_pb2.HandoffRequest(begin=begin))
             await self._read(peer, await _ready(call, pinned.held, blocks), pinned)
@@ -107,25 +108,27 @@ class Puller:
             choice.pulled = range(pinned.held, len(pinned.blocks))
             engine.share(pinned, chain)
 
-    async def _read(self, peer: Peer, source: list[int], pinned: Pinned) -> None:
+    async def _read(self, peer: Peer, ready: worker_pb2.BlocksReady, pinned: Pinned) -> None:
+        source = list(ready.block_ids)
         if not self._state.engine.extend(pinned, len(source)):
             raise _Missed("no_room")
-        await self._peers.read(peer, source, pinned.blocks[pinned.held :], self._timeout_s)
+        destination = pinned.blocks[pinned.held :]
+        await self._peers.read(peer, source, destination, self._timeout_s, ready.digests)
 
 
 Call: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]"
 
 
-async def _ready(call: Call, held: int, blocks: int) -> list[int]:
+async def _ready(call: Call, held: int, blocks: int) -> worker_pb2.BlocksReady:
     """The blocks that the peer offers after the first `held`. Raises HandoffFailed when they cannot be."""
     ready = (await _next(call)).blocks_ready
-    offered = list(ready.block_ids)
+    offered = ready.block_ids
     if ready.first_index != held or not 0 < len(offered) <= blocks - held or not ready.last:
         raise HandoffFailed(
             f"blocks {ready.first_index}..+{len(offered)} were offered where up to {blocks - held} from "
             f"{held} on were asked for"
         )
-    return offered
+    return ready
 
 
 async def _next(call: Call) -> worker_pb2.HandoffResponse:

@@ -86,6 +86,12 @@ class WorkerState:
             owner=owner,
         )
 
+    async def named(self, ready: worker_pb2.BlocksReady, begin: worker_pb2.Begin) -> worker_pb2.BlocksReady:
+        """`ready`, with the digests of its blocks if the reader that sent `begin` wants to compare them."""
+        if begin.verify:
+            ready.digests.extend(await asyncio.to_thread(self.transfer.digests, list(ready.block_ids)))
+        return ready
+
 
 class Dispatch:
     """The engine's observer: carries what happened from the engine's thread to the event loop."""

@@ -16,6 +16,7 @@ from baton.errors import HandoffFailed
 from baton.kv.hashing import KvLayout
 from baton.transfer import Transfer, create_transfer
 from baton.transfer.base import Pool
+from baton.transfer.verify import require_equal
 from baton.transfer.wire import (
     description_from_proto,
     description_to_proto,
@@ -51,6 +52,19 @@ async def test_blocks_arrive_and_no_other_is_touched(pair: Pair) -> None:
     assert report.bytes == 150 * 48
     assert torch.equal(pair.pool[50:], pair.source_pool[:150].flatten(1))
     assert (pair.pool[:50] == 0).all()
+
+
+async def test_what_arrived_otherwise_than_it_was_there_is_noticed(pair: Pair) -> None:
+    await pair.reader.add_peer(pair.source.describe())
+    await pair.reader.read("p/1", range(5), range(10, 15), 5.0)
+    there = pair.source.digests(range(5))
+    assert len(set(there)) == 5
+    require_equal("p/1", range(5), there, pair.reader.digests(range(10, 15)))
+    pair.pool[12, 7] += 1
+    with pytest.raises(HandoffFailed, match="block 2 of p/1"):
+        require_equal("p/1", range(5), there, pair.reader.digests(range(10, 15)))
+    with pytest.raises(HandoffFailed, match="5 blocks with 0 digests"):
+        require_equal("p/1", range(5), [], pair.reader.digests(range(10, 15)))
 
 
 async def test_a_cancelled_read_writes_nothing_more(pair: Pair) -> None:
