@@ -20,7 +20,11 @@ IMAGE_ARGS ?=
 KIND ?= kind
 KIND_CLUSTER ?= baton-test
 
-.PHONY: up test test-gpu test-k8s test-kind lint protos venv test-tools images sbom chart-schema \
+# `make chaos`: for how long faults begin, and which ones.
+SECONDS ?= 180
+SEED ?= 1
+
+.PHONY: up chaos test test-gpu test-k8s test-kind lint protos venv test-tools images sbom chart-schema \
   chart-golden clean
 
 up: $(STAMP)
@@ -29,6 +33,10 @@ up: $(STAMP)
 test: $(STAMP) test-tools $(BIN)/helm $(NODE_STAMP)
 	@echo "not run here: tests/gpu (make test-gpu, needs a GPU), tests/k8s (make test-k8s, needs a cluster)"
 	$(BIN)/pytest
+
+# Everything is killed, stopped, cut off and restarted at random, and every answer is checked.
+chaos: $(STAMP) test-tools
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
 
 # With another torch than the pinned one: .venv/bin/pip install "torch==2.11.*" first.
 test-gpu: $(STAMP)

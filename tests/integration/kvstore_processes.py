@@ -54,6 +54,12 @@ class Process(ABC):
         await until(self._ready, f"{self.command()} is ready")
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
     def _ready(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, f"{self.command()} ended:\n{self.log}"
