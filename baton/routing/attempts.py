@@ -19,8 +19,8 @@ class Attempts:
 
     @property
     def avoiding(self) -> tuple[frozenset[str], ...]:
-        """Whom to keep away from, in the order in which to ask: those where it has failed, then nobody, because
-        they may be all there is, and well again."""
+        """Whom to keep away from, in the order in which to ask: those where it has failed, then nobody,
+        because they may be all there is, and well again."""
         return (self._failed, NOBODY) if self._failed else (NOBODY,)
 
     @property

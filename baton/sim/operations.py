@@ -127,12 +127,7 @@ class Watch:
             now_s=self._world.clock.now_s,
             interval_s=self._interval_s,
             workers=[self._router.view(worker) for worker in workers],
-            busy={
-                worker.worker_id: min(
-                    1.0, (spent_s[worker] - self._busy_s.get(worker, 0.0)) / self._interval_s
-                )
-                for worker in workers
-            },
+            busy={worker.worker_id: min(1.0, lately_s[worker] / self._interval_s) for worker in workers},
             arrived=self._arrived["requests"],
             arrived_prompt_tokens=self._arrived["tokens"],
             finished=self._finished,
