@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=60, help="distinct requests")
     parser.add_argument("--pause", type=float, default=1.2, help="mean seconds between two faults")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing of the clusters is to stay behind
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     console = Console(width=110, highlight=False, markup=False, soft_wrap=True)
     try:

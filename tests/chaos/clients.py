@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import re
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.chaos.questions import Question
 
 _PATIENCE_S = 120.0
+_AGAIN_S = 0.5
 _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
 
 _OF_CONNECTIONS = re.compile(
@@ -110,14 +110,19 @@ class Client:
         await self._stack.aclose()
 
     async def ask(self, question: Question) -> Answer:
-        """The answer of an undisturbed cluster.
+        """The answer of an undisturbed cluster, which may be busy.
 
         Raises:
             Exception: there is none.
         """
-        answer = Answer()
-        await self._ask(question, answer)
-        return answer
+        while True:
+            answer = Answer()
+            try:
+                await self._ask(question, answer)
+            except _Refused:
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                return answer
 
     async def check(
         self, question: Question, expected: Answer, router_failed: Callable[[float], bool]
@@ -147,7 +152,7 @@ class Client:
             await self._ask(question, answer)
         except _Refused:
             tally.refused += 1
-            await asyncio.sleep(random.uniform(0.2, 1.0))
+            await asyncio.sleep(_AGAIN_S)
             return False
         except _Broken as broken:
             await self._hang_up()
