@@ -20,11 +20,11 @@ IMAGE_ARGS ?=
 KIND ?= kind
 KIND_CLUSTER ?= baton-test
 
-# `make chaos`: for how long faults begin, and which ones.
+# `make chaos`: for how long faults begin, and which ones. `make fuzz`: for how long it looks.
 SECONDS ?= 180
 SEED ?= 1
 
-.PHONY: up chaos test test-gpu test-k8s test-kind lint protos venv test-tools images sbom chart-schema \
+.PHONY: up chaos fuzz test test-gpu test-k8s test-kind lint protos venv test-tools images sbom chart-schema \
   chart-golden clean
 
 up: $(STAMP)
@@ -41,6 +41,10 @@ chaos: $(STAMP) test-tools
 # With another torch than the pinned one: .venv/bin/pip install "torch==2.11.*" first.
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu
+
+# Nearly right bytes and values for every parser; `make test` does so for a moment.
+fuzz: $(STAMP)
+	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -q --timeout=0 tests/fuzz
 
 # Against the cluster of $KUBECONFIG; tests/k8s/conftest.py says what else the environment may name.
 test-k8s: $(STAMP) $(BIN)/helm

@@ -133,7 +133,7 @@ class RouterSettings:
     """The public front."""
 
     host: str = setting("127.0.0.1", "address the router listens on")
-    port: int = setting(8000, "HTTP port (OpenAI API, health, metrics)", minimum=0, maximum=65535)
+    port: int = setting(8000, "HTTP port (OpenAI API, health)", minimum=0, maximum=65535)
     grpc_port: int = setting(
         50051, "gRPC port (baton.v1.Inference) [0: any free one]", minimum=0, maximum=65535
     )
@@ -141,7 +141,19 @@ class RouterSettings:
         False, "let other routers listen on the same two ports: the kernel spreads connections among them"
     )
     policy: PolicyName = setting("prefix", "how requests are placed")
-    max_body_bytes: int = setting(8 * 1024 * 1024, "largest request body read", minimum=1024)
+    max_body_bytes: int = setting(
+        8 * 1024 * 1024, "largest request read, an HTTP body or a gRPC message", minimum=1024
+    )
+    head_timeout_s: float = setting(
+        10.0, "seconds until a request's line and headers must have arrived", minimum=0.1
+    )
+    api_keys: str = setting(
+        "", "file of the API keys that requests need, as `baton keys` writes it [empty: none needed]"
+    )
+    tls_cert: str = setting(
+        "", "PEM file of the certificate that clients see, chain included [empty: no TLS]"
+    )
+    tls_key: str = setting("", "PEM file of its private key")
     max_running: int = setting(1024, "choices in flight; more requests wait", minimum=1)
     batch_share: float = setting(
         0.5, "share of --max-running that batch requests may take", minimum=0, maximum=1
@@ -189,6 +201,21 @@ class KvstoreSettings:
 
 
 @dataclass(frozen=True)
+class InternalTlsSettings:
+    """How routers, workers and kvstore prove to each other who they are."""
+
+    internal_tls_cert: str = setting(
+        "", "PEM file of the certificate this process shows the others [empty: plain gRPC between them]"
+    )
+    internal_tls_key: str = setting("", "PEM file of its private key")
+    internal_tls_ca: str = setting(
+        "", "PEM file of the authority that signs these certificates, and nothing but these"
+    )
+    internal_tls_name: str = setting("baton", "DNS name that every such certificate holds")
+    require_internal_tls: bool = setting(False, "do not start without the three files above")
+
+
+@dataclass(frozen=True)
 class ClientSettings:
     """How `baton chat` reaches a running cluster."""
 
@@ -221,9 +248,12 @@ class ObservabilitySettings:
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line written")
     metrics_port: int = setting(
         0,
-        "HTTP port of /metrics on workers and kvstore; of a router, one it never shares [0: any free one]",
+        "HTTP port of /metrics, and of a router's /debug, which it never shares [0: any free one]",
         minimum=0,
         maximum=65535,
+    )
+    metrics_host: str = setting(
+        "", "address that port listens on [the process's own; of baton up, 127.0.0.1]"
     )
 
 
@@ -236,16 +266,17 @@ class Settings:
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
     kvstore: KvstoreSettings = field(default_factory=KvstoreSettings)
+    internal_tls: InternalTlsSettings = field(default_factory=InternalTlsSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
     observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)
 
 
 PROCESS_SECTIONS: dict[str, tuple[str, ...]] = {
-    "kvstore": ("kvstore", "observability"),
-    "router": ("model", "router", "kvstore", "observability"),
-    "prefill": ("model", "engine", "worker", "kvstore", "observability"),
-    "decode": ("model", "engine", "worker", "kvstore", "observability"),
+    "kvstore": ("kvstore", "internal_tls", "observability"),
+    "router": ("model", "router", "kvstore", "internal_tls", "observability"),
+    "prefill": ("model", "engine", "worker", "kvstore", "internal_tls", "observability"),
+    "decode": ("model", "engine", "worker", "kvstore", "internal_tls", "observability"),
 }
 """Which sections each process takes flags for: `@settings_options(*PROCESS_SECTIONS["router"])`."""
 

@@ -47,6 +47,22 @@ class RequestTooLarge(InvalidRequest):
     http_status = 413
 
 
+class Unauthenticated(BatonError):
+    """The caller has not shown who it is."""
+
+    http_status = 401
+    grpc_code = grpc.StatusCode.UNAUTHENTICATED
+    openai_type = "invalid_request_error"
+
+
+class PermissionDenied(BatonError):
+    """The caller is known and may not do this."""
+
+    http_status = 403
+    grpc_code = grpc.StatusCode.PERMISSION_DENIED
+    openai_type = "permission_error"
+
+
 class Overloaded(BatonError):
     """Every queue that could take the request is full.
 
@@ -82,10 +98,20 @@ class UnsupportedModel(BatonError):
     """The model folder cannot be served; raised at start, in one sentence that names what and why."""
 
 
+class DeadlyRequest(BatonError):
+    """Workers died of computing the request; it is not tried again."""
+
+
 class HandoffFailed(BatonError):
     """KV could not be brought from another worker; what was read is discarded."""
 
     grpc_code = grpc.StatusCode.UNAVAILABLE
+
+
+class PrefillRefused(HandoffFailed):
+    """The prefill worker takes no prompts now: it drains or has another role."""
+
+    grpc_code = grpc.StatusCode.ABORTED
 
 
 class PoolTooSmall(InvalidRequest):

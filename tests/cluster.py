@@ -45,7 +45,12 @@ class Cluster:
     @property
     def base_url(self) -> str:
         """Of the router's HTTP API, such as http://127.0.0.1:8000."""
-        return self._printed(r"(http://\S+)")
+        return self._printed(r"(https?://\S+)")
+
+    @property
+    def own_url(self) -> str:
+        """Of the port that a router alone has, with its metrics; of several routers, the first one's."""
+        return "http://" + self._printed(r"(\S+) \(metrics\)")
 
     @property
     def grpc_address(self) -> str:

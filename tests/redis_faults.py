@@ -245,7 +245,7 @@ class FaultyCluster:
 
     async def _watch(self, http: httpx.AsyncClient) -> None:
         while True:
-            router = await _metrics(http, self._cluster.base_url)
+            router = await _metrics(http, self._cluster.own_url)
             self._connected = router.get("baton_router_kvstore_connected")
             self._index_lag_s = router.get("baton_index_lag_seconds")
             port = re.findall(r"metrics on port (\d+)", self._cluster.logs()["kvstore"])[-1]

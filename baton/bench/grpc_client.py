@@ -8,25 +8,34 @@ import grpc
 
 from baton.bench.client import Arrivals, Client, Clock, NobodyAnswers
 from baton.bench.load import LoadRequest
-from baton.rpc.channels import open_channel
+from baton.rpc.channels import open_public_channel
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 
 
 class GrpcClient(Client):
-    """All requests on one channel."""
+    """All requests on one channel, to HOST:PORT or, where it has TLS, https://HOST:PORT."""
 
     takes_token_ids = True
 
     def __init__(
-        self, address: str, model: str | None = None, *, timeout_s: float = 600.0, ignore_eos: bool = True
+        self,
+        address: str,
+        model: str | None = None,
+        *,
+        api_key: str = "",
+        timeout_s: float = 600.0,
+        ignore_eos: bool = True,
     ) -> None:
-        self._address = address
+        self._encrypted = address.startswith("https://")
+        self._address = address.removeprefix("https://").removeprefix("http://")
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._model = model
         self._timeout_s = timeout_s
         self._ignore_eos = ignore_eos
 
     async def __aenter__(self) -> GrpcClient:
-        self._channel = open_channel(self._address)
+        credentials = grpc.ssl_channel_credentials() if self._encrypted else None
+        self._channel = open_public_channel(self._address, credentials)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         return self
 
@@ -41,7 +50,9 @@ class GrpcClient(Client):
     async def model(self) -> str:
         if self._model is None:
             try:
-                models = await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
+                models = await self._stub.ListModels(
+                    inference_pb2.ListModelsRequest(), timeout=10, metadata=self._metadata
+                )
                 self._model = str(models.models[0].id)
             except (grpc.aio.AioRpcError, IndexError) as error:
                 raise NobodyAnswers(
@@ -61,7 +72,9 @@ class GrpcClient(Client):
         else:
             message.token_ids.ids.extend(request.prompt)
         try:
-            async for response in self._stub.Generate(message, timeout=self._timeout_s):
+            async for response in self._stub.Generate(
+                message, timeout=self._timeout_s, metadata=self._metadata
+            ):
                 if response.token_ids or response.text:
                     tokens.at(clock())
                 if response.HasField("usage"):

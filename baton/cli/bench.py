@@ -96,8 +96,13 @@ def _client(url: str, given: dict[str, Any]) -> Client:
     if given["endpoint"] == "grpc":
         from baton.bench.grpc_client import GrpcClient
 
-        address = url.removeprefix("http://")
-        return GrpcClient(address, given["model"], timeout_s=given["timeout"], ignore_eos=given["ignore_eos"])
+        return GrpcClient(
+            url,
+            given["model"],
+            api_key=given["api_key"],
+            timeout_s=given["timeout"],
+            ignore_eos=given["ignore_eos"],
+        )
     if not url.startswith(("http://", "https://")):
         raise BadSetting(f"{url!r} is no HTTP address; --endpoint grpc takes HOST:PORT", field="url")
     from baton.bench.http_client import HttpClient

@@ -32,12 +32,13 @@ class ChatFailed(BatonError):
 @click.command()
 @click.argument("prompt", required=False)
 @settings_options("client")
-def chat(settings: Settings, prompt: str | None) -> None:
+@click.option("--api-key", envvar="OPENAI_API_KEY", default="", help="[env OPENAI_API_KEY]")
+def chat(settings: Settings, prompt: str | None, api_key: str) -> None:
     """Ask PROMPT and print the answer as it is written; without PROMPT, hold a conversation.
 
     Ctrl-C stops an answer, Ctrl-D ends the conversation.
     """
-    client = ChatClient(settings.client.url)
+    client = ChatClient(settings.client.url, api_key)
     model = client.model()
     if prompt is not None:
         _print_answer(client.answer(model, [{"role": "user", "content": prompt}]))
@@ -86,6 +87,7 @@ class ChatClient:
     """The two HTTP calls a chat needs, on the standard library so that the base install has it."""
 
     url: str
+    api_key: str = ""
 
     def model(self) -> str:
         """Name of the model the cluster serves.
@@ -126,6 +128,8 @@ class ChatClient:
             connection.connect()
             connection.sock.settimeout(_READ_TIMEOUT_S)
             headers = {"Content-Type": "application/json"}
+            if self.api_key:
+                headers["Authorization"] = f"Bearer {self.api_key}"
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:

@@ -32,12 +32,13 @@ _SECRET = {"redis"}
 
 @dataclass(frozen=True)
 class Cluster:
-    """What to run, and where its public front will be (host:port)."""
+    """What to run, where its public front will be, and what the model in `folder` is called there."""
 
     processes: tuple[ProcessSpec, ...]
     readiness: Readiness
-    http_address: str
+    base_url: str
     folder: Path
+    model_name: str
 
 
 def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
@@ -64,11 +65,15 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
         check_memory(folder, settings.model.dtype, len(roles), kv_bytes)
 
     readiness = Readiness(kvstore)
-    passed_on = _passed_on(settings, given)
+    # Whoever reaches the public ports should not also reach what is for those who run the cluster.
+    own_host = settings.observability.metrics_host or "127.0.0.1"
+    passed_on = {**_passed_on(settings, given), "metrics_host": own_host}
     model = {"model": str(folder)}
     if folder != Path(settings.model.model).expanduser().resolve() and not settings.model.served_model_name:
         model["served_model_name"] = Path(settings.model.model).name
-    http_address, grpc_address = _reachable(router.host, port), _reachable(router.host, grpc_port)
+    scheme = "https" if router.tls_cert else "http"
+    base_url = f"{scheme}://{_reachable(router.host, port)}"
+    grpc_address = _reachable(router.host, grpc_port)
 
     def spec(name: str, role: str, stage: int, ready: Probe, own: Mapping[str, object]) -> ProcessSpec:
         service = SERVICES[role]
@@ -88,8 +93,8 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
     several = settings.cluster.routers > 1
     routers = []
     for number in range(settings.cluster.routers):
-        own_port = claim_port(router.host, 0, "--metrics-port")
-        ready = partial(readiness.router, http_address, grpc_address, _reachable(router.host, own_port))
+        own_port = claim_port(own_host, 0, "--metrics-port")
+        ready = partial(readiness.router, base_url, grpc_address, _reachable(own_host, own_port))
         own: dict[str, object] = {"port": port, "grpc_port": grpc_port, "metrics_port": own_port}
         if several:
             own["share_ports"] = True
@@ -116,8 +121,9 @@ def plan_cluster(settings: Settings, given: Collection[str]) -> Cluster:
             *workers,
         ),
         readiness=readiness,
-        http_address=http_address,
+        base_url=base_url,
         folder=folder,
+        model_name=settings.model.served_model_name or model.get("served_model_name", folder.name),
     )
 
 

@@ -10,6 +10,7 @@ from baton.cli.chat import chat
 from baton.cli.config import config
 from baton.cli.doctor import doctor
 from baton.cli.fetch import fetch
+from baton.cli.keys import keys
 from baton.cli.plan import plan
 from baton.cli.profile import profile
 from baton.cli.run import PROCESS_COMMANDS
@@ -23,7 +24,8 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (up, chat, doctor, config, fetch, profile, bench, simulate_command, plan, *PROCESS_COMMANDS):
+COMMANDS = (up, chat, doctor, config, fetch, keys, plan, profile, bench, simulate_command, *PROCESS_COMMANDS)
+for command in COMMANDS:
     main.add_command(command)
 
 

@@ -8,7 +8,7 @@ import http.client
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.rpc.channels import open_channel
+from baton.rpc.channels import open_channel, open_public_channel
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 _CALL_TIMEOUT_S = 2.0
@@ -49,19 +49,26 @@ class Readiness:
         address = self._workers.get(worker_id)
         return address if address and await serving(address) else None
 
-    async def router(self, http_address: str, grpc_address: str, own_address: str) -> str | None:
+    async def router(self, base_url: str, grpc_address: str, own_address: str) -> str | None:
         """Ready when it could place a request and the gRPC front serves. Several routers may share the
         first two addresses; `own_address` reaches this one."""
         status = await asyncio.to_thread(http_status, own_address, "/ready")
-        if status != 200 or not await serving(grpc_address):
+        # Under TLS nobody here need trust the certificate; gRPC serves before a router says ready.
+        if status != 200 or not (
+            base_url.startswith("https") or await _healthy(open_public_channel(grpc_address))
+        ):
             return None
-        return f"http://{http_address}\n{grpc_address} (gRPC)\n{own_address} (metrics)"
+        return f"{base_url}\n{grpc_address} (gRPC)\n{own_address} (metrics)"
 
 
 async def serving(address: str) -> bool:
-    """Whether the gRPC server at `address` (host:port) answers and says it serves."""
+    """Whether the gRPC server at `address` (host:port), a process of the cluster's own, says it serves."""
+    return await _healthy(open_channel(address))
+
+
+async def _healthy(opened: grpc.aio.Channel) -> bool:
     try:
-        async with open_channel(address) as channel:
+        async with opened as channel:
             reply = await health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=_CALL_TIMEOUT_S
             )

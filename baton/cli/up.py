@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import shutil
 import signal
@@ -25,11 +24,12 @@ from baton.cli.supervisor import StartFailed, SupervisedProcess, Supervisor
 from baton.cli.tables import print_table
 from baton.config import Settings
 from baton.model_folder import has_chat_template
+from baton.rpc.channels import use_internal_tls
 
 
 @click.command()
 @settings_options(
-    *("model", "cluster", "router", "engine", "worker", "kvstore", "observability"),
+    *("model", "cluster", "router", "engine", "worker", "kvstore", "internal_tls", "observability"),
     without=("role", "worker_id", "worker_port", "kvstore", "metrics_port", "share_ports", "cores"),
 )
 def up(settings: Settings) -> None:
@@ -41,6 +41,7 @@ def up(settings: Settings) -> None:
     if worker_extra_missing():
         raise click.ClickException(WORKER_EXTRA)
     given = {row.name for row in effective_settings() if row.source != "default"}
+    use_internal_tls(settings.internal_tls)
     cluster = plan_cluster(settings, given)
     logs = Path(tempfile.mkdtemp(prefix="baton-"))
     run = _Run(cluster, settings, logs)
@@ -65,6 +66,7 @@ class _Run:
             report=lambda text: self.console.print(text, markup=False, soft_wrap=True),
         )
         self._cluster = cluster
+        self._api_keys = settings.router.api_keys
         self._start_timeout_s = settings.cluster.start_timeout_s
         self._stop = asyncio.Event()
         self._asked_to_stop_at: float | None = None
@@ -112,7 +114,7 @@ class _Run:
                 for process in self.supervisor.processes
             ],
         )
-        click.echo("\n" + await asyncio.to_thread(_example, self._cluster))
+        click.echo("\n" + _example(self._cluster, self._api_keys))
         click.echo(f"\nReady in {progress.elapsed_s():.1f} s. Ctrl-C stops everything.")
 
     def _on_signal(self) -> None:
@@ -147,23 +149,18 @@ class _Progress:
         return table
 
 
-def _example(cluster: Cluster) -> str:
-    """A curl command that streams an answer from the cluster."""
-    connection = http.client.HTTPConnection(cluster.http_address, timeout=10)
-    try:
-        connection.request("GET", "/v1/models")
-        model = json.loads(connection.getresponse().read())["data"][0]["id"]
-    finally:
-        connection.close()
-    body: dict[str, object] = {"model": model, "max_tokens": 64, "stream": True}
+def _example(cluster: Cluster, api_keys: str) -> str:
+    """A curl command that streams an answer from the cluster; `api_keys` is the setting."""
+    body: dict[str, object] = {"model": cluster.model_name, "max_tokens": 64, "stream": True}
     if has_chat_template(cluster.folder):
         path = "/v1/chat/completions"
         body["messages"] = [{"role": "user", "content": "What does a list do?"}]
     else:
         path = "/v1/completions"
         body["prompt"] = "A list is"
+    key = '  -H "Authorization: Bearer $API_KEY" \\\n' if api_keys else ""
     return (
-        f"curl -N http://{cluster.http_address}{path} \\\n"
+        f"curl -N {cluster.base_url}{path} \\\n{key}"
         f"  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"
     )
 

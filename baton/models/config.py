@@ -175,6 +175,8 @@ def _read_json(file: Path) -> dict[str, object] | None:
         raise UnsupportedModel(f"{file} cannot be read: {error.strerror}") from error
     try:
         return msgspec.json.decode(raw, type=dict[str, object])
+    except RecursionError as error:
+        raise UnsupportedModel(f"{file} is nested too deeply") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UnsupportedModel(f"{file} is not a JSON object: {error}") from error
 

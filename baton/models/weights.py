@@ -99,7 +99,11 @@ def _shards(path: Path) -> list[Path]:
             table = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
         except msgspec.DecodeError as error:
             raise UnsupportedModel(f"{index} is not a safetensors index: {error}") from error
-        files = [path / name for name in sorted(set(table.values()))]
+        names = sorted(set(table.values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UnsupportedModel(f"{index} names {name[:128]!r}, no safetensors file beside it")
+        files = [path / name for name in names]
     else:
         files = [path / _SINGLE]
     for file in files:

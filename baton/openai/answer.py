@@ -14,7 +14,9 @@ from baton.errors import (
     DeadlineExceeded,
     ModelNotFound,
     Overloaded,
+    PermissionDenied,
     RequestTooLarge,
+    Unauthenticated,
     Unavailable,
 )
 from baton.rpc.v1 import inference_pb2
@@ -26,6 +28,8 @@ _CODES: tuple[tuple[type[BatonError], str], ...] = (
     (ContextLengthExceeded, "context_length_exceeded"),
     (ModelNotFound, "model_not_found"),
     (RequestTooLarge, "request_too_large"),
+    (Unauthenticated, "invalid_api_key"),
+    (PermissionDenied, "permission_denied"),
     (Overloaded, "rate_limit_exceeded"),
     (Unavailable, "service_unavailable"),
     (DeadlineExceeded, "timeout"),

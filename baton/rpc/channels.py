@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import grpc
 
+from baton.config import InternalTlsSettings
+from baton.security.identity import Identity
+
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message either end takes: a long prompt's token ids, or a piece of an index snapshot."""
 
@@ -30,9 +33,40 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+_identity: Identity | None = None
+
+
+def use_internal_tls(settings: InternalTlsSettings) -> None:
+    """From here on this process's channels and servers are encrypted, and both ends show who they are.
+
+    Call it once, first thing in a main: so no channel can be forgotten. Without files named in the settings
+    nothing changes.
+
+    Raises:
+        BadSetting: files are missing or cannot be used.
+    """
+    global _identity
+    _identity = Identity.from_settings(settings)
+
+
+def internal_credentials() -> grpc.ServerCredentials | None:
+    """What a server shows and asks for that is there for other processes; None: nothing."""
+    return _identity.server_credentials() if _identity is not None else None
+
+
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to `address` (host:port) that connects on first use and reconnects by itself.
+    """A channel to another process, at `address` (host:port), that connects on first use and reconnects
+    by itself.
 
     The caller closes it, best as `async with open_channel(address) as channel`.
     """
+    if _identity is not None:
+        return _identity.open_channel(address, _CHANNEL_OPTIONS)
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def open_public_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """As `open_channel`, to a router's public port; without `credentials` in the clear."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)

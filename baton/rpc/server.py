@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -11,7 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.config import BadSetting
-from baton.rpc.channels import SHARED_OPTIONS
+from baton.rpc.channels import SHARED_OPTIONS, internal_credentials
 
 Servicer = TypeVar("Servicer")
 
@@ -23,20 +24,35 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Public:
+    """How a server meets clients: `credentials` None means in the clear; `max_message_bytes` is the largest
+    message it takes."""
+
+    credentials: grpc.ServerCredentials | None
+    max_message_bytes: int
+
+
 class Server:
     """A grpc.aio server with health and reflection on.
 
     `add` the services, `bind`, `start`; every service reports NOT_SERVING until `set_serving(True)`.
-    As an async context manager it stops on exit without grace. Create it inside a running event loop.
+    `serving` is what health says of the process as a whole. As an async context manager it stops on exit
+    without grace. Create it inside a running event loop.
     """
 
-    def __init__(self, *, share_ports: bool = False) -> None:
-        """`share_ports`: other processes that also say so may listen on the same port (SO_REUSEPORT)."""
+    def __init__(self, public: Public | None = None, *, share_ports: bool = False) -> None:
+        """`public`: the server is there for clients, not for the other processes of the cluster.
+        `share_ports`: other processes that also say so may listen on the same port (SO_REUSEPORT)."""
         # gRPC's own default would let a second process share the port silently instead of failing.
-        options = (*_SERVER_OPTIONS, ("grpc.so_reuseport", int(share_ports)))
-        self._grpc = grpc.aio.server(options=options)
+        options = {**dict(_SERVER_OPTIONS), "grpc.so_reuseport": int(share_ports)}
+        if public is not None:
+            options["grpc.max_receive_message_length"] = public.max_message_bytes
+        self._credentials = public.credentials if public is not None else internal_credentials()
+        self._grpc = grpc.aio.server(options=tuple(options.items()))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services: list[str] = []
+        self.serving = False
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
     def add(self, add_to_server: Callable[[Servicer, Any], None], servicer: Servicer, service: str) -> None:
@@ -60,6 +76,8 @@ class Server:
         """
         shown = f"[{host}]" if ":" in host else host
         try:
+            if self._credentials is not None:
+                return self._grpc.add_secure_port(f"{shown}:{port}", self._credentials)
             return self._grpc.add_insecure_port(f"{shown}:{port}")
         except RuntimeError as error:
             raise BadSetting(
@@ -78,11 +96,14 @@ class Server:
     async def set_serving(self, serving: bool, *services: str) -> None:
         """Set what health says of `services`; without names, of every service and the process ("")."""
         status = health_pb2.HealthCheckResponse
+        if not services:
+            self.serving = serving
         for service in services or ("", *self._services):
             await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new calls, and cancel the calls still running after `grace_s` seconds."""
+        self.serving = False
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(grace_s)
 

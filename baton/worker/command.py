@@ -13,6 +13,7 @@ from baton.cli.options import effective_settings, settings_options
 from baton.config import PROCESS_SECTIONS, BadSetting, Settings
 from baton.logs import configure
 from baton.machine import read_cores
+from baton.rpc.channels import use_internal_tls
 from baton.worker.host import run_worker
 
 
@@ -25,6 +26,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> click.Command:
         if any(item.name == "role" and item.source == "default" for item in effective_settings()):
             settings = replace(settings, worker=replace(settings.worker, role=role))
         configure(settings.worker.worker_id or settings.worker.role, settings.observability.log_level)
+        use_internal_tls(settings.internal_tls)
         _bind(settings.engine.cores)  # before any thread starts: each inherits it
         asyncio.run(run_worker(settings))
 

@@ -35,6 +35,7 @@ from baton.models.loader import load_model
 from baton.routing.rates import notably_differ
 from baton.routing.view import Curve, Role
 from baton.rpc.kvstore_client import WorkerMembership
+from baton.rpc.probes import answer_probes
 from baton.rpc.registry_watch import Peer as KnownWorker
 from baton.rpc.registry_watch import PeerListener, RegistryWatch
 from baton.rpc.server import Server
@@ -200,12 +201,14 @@ class Worker:
         """Open sockets and register memory; `stack` closes everything."""
         incarnation = uuid.uuid4().hex[:12]
         chosen, model, cache = settings.worker, loaded.model, loaded.attention.cache
+        metrics_host = settings.observability.metrics_host or chosen.worker_host
         metrics_server, metrics_thread = start_http_server(
-            settings.observability.metrics_port, addr=chosen.worker_host
+            settings.observability.metrics_port, addr=metrics_host
         )
         stack.callback(metrics_thread.join)
         stack.callback(metrics_server.shutdown)
         server = await stack.enter_async_context(Server())
+        answer_probes(metrics_server, lambda: server.serving)
         port = server.bind(chosen.worker_host, chosen.worker_port, flag="--worker-port")
         worker_id = chosen.worker_id or f"{chosen.role}-{chosen.worker_host}-{port}"
         transfer = create_transfer(chosen.transfer, cache.storage, cache.layout, worker_id, incarnation)
@@ -236,7 +239,7 @@ class Worker:
             engine=engine,
             transfer=transfer,
             attention_backend=loaded.attention.name,
-            metrics_address=f"{chosen.worker_host}:{metrics_server.server_port}",
+            metrics_address=f"{metrics_host}:{metrics_server.server_port}",
         )
         peers = Peers(worker_id, transfer, chosen.kv_verify)
         stack.push_async_callback(peers.close)

@@ -11,6 +11,8 @@ import click
 from baton.cli.options import settings_options
 from baton.config import PROCESS_SECTIONS, Settings
 from baton.logs import configure
+from baton.rpc.channels import use_internal_tls
+from baton.rpc.probes import answer_probes
 from baton.rpc.server import Server
 from baton.rpc.v1 import kvstore_pb2_grpc
 from services.kvstore.backend import Backend
@@ -54,11 +56,15 @@ async def serve(settings: Settings) -> None:
         )
         server.add(kvstore_pb2_grpc.add_ReservationsServicer_to_server, reservations, "baton.v1.Reservations")
         port = server.bind(chosen.kvstore_host, chosen.kvstore_port, flag="--kvstore-port")
-        metrics_port = metrics.serve(chosen.kvstore_host, settings.observability.metrics_port)
+        metrics_host = settings.observability.metrics_host or chosen.kvstore_host
+        metrics_server = metrics.serve(metrics_host, settings.observability.metrics_port)
+        answer_probes(metrics_server, lambda: server.serving)
         state.restore(await backend.load())
         await server.start()
         await server.set_serving(True)
-        log.info("ready: gRPC on %s:%d, metrics on port %d", chosen.kvstore_host, port, metrics_port)
+        log.info(
+            "ready: gRPC on %s:%d, metrics on port %d", chosen.kvstore_host, port, metrics_server.server_port
+        )
         async with asyncio.TaskGroup() as tasks:
             helpers = [
                 tasks.create_task(backend.run()),
@@ -90,6 +96,7 @@ async def _expire(state: ClusterState, ttl_s: float) -> None:
 def main(settings: Settings) -> None:
     """Serve the worker registry and the prefix index."""
     configure("kvstore", settings.observability.log_level)
+    use_internal_tls(settings.internal_tls)
     asyncio.run(serve(settings))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from wsgiref.simple_server import WSGIServer
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from baton.config import BadSetting
@@ -49,8 +51,8 @@ class Metrics:
             registry=self.registry,
         )
 
-    def serve(self, host: str, port: int) -> int:
-        """Serve /metrics from a thread of its own; returns the real port.
+    def serve(self, host: str, port: int) -> WSGIServer:
+        """Serve /metrics from a thread of its own.
 
         Raises:
             BadSetting: the port is taken.
@@ -62,7 +64,7 @@ class Metrics:
                 f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port",
                 field="metrics_port",
             ) from error
-        return int(server.server_port)
+        return server
 
 
 class RedisMetrics:

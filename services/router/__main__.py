@@ -13,6 +13,7 @@ import uvloop
 from baton.cli.options import settings_options
 from baton.config import PROCESS_SECTIONS, Settings
 from baton.logs import configure
+from baton.rpc.channels import use_internal_tls
 from services.router.cluster import WatchedCluster
 from services.router.router import Router
 
@@ -45,6 +46,7 @@ async def serve(settings: Settings) -> None:
 def main(settings: Settings) -> None:
     """Serve the OpenAI API and gRPC, and place requests on the cluster's workers."""
     configure("router", settings.observability.log_level)
+    use_internal_tls(settings.internal_tls)
     # Prompts come one by one: handing each to the tokenizer's thread pool costs more than it gains.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     uvloop.run(serve(settings))

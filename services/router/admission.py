@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from baton.config import BadSetting, RouterSettings
 from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from baton.routing.admission import Admission, Limits, Refused, Ticket
+from baton.security.access import Access
 from services.router.caller import Caller
 from services.router.metrics import Metrics
 from services.router.placement import Placer
@@ -39,7 +40,7 @@ class Door:
     A place is a choice in flight, the unit of work workers see: a request with n=4 takes four.
     """
 
-    def __init__(self, settings: RouterSettings, placer: Placer, metrics: Metrics) -> None:
+    def __init__(self, settings: RouterSettings, access: Access, placer: Placer, metrics: Metrics) -> None:
         """
         Raises:
             BadSetting: the tenants' weights cannot be read.
@@ -51,7 +52,7 @@ class Door:
             waiting=settings.max_queued,
             wait_s={"interactive": settings.queue_timeout_s, "batch": settings.batch_queue_timeout_s},
         )
-        self._queue = Admission(limits, parse_weights(settings.tenant_weights))
+        self._queue = Admission(limits, access.weights(parse_weights(settings.tenant_weights)))
         self._ahead_s = settings.prefill_ahead_s
         self._placer = placer
         self._metrics = metrics

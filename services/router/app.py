@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from baton import __version__
 from baton.errors import BatonError, Unavailable
 from baton.openai.answer import DONE, error_shape, event
+from baton.openai.openapi import document
+from baton.security.access import Access
 from services.router.admission import reason_of
 from services.router.explain import RouteExplainer
 from services.router.frontend import Frontend
@@ -17,28 +19,30 @@ from services.router.openai_api import OpenAiApi
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange], Awaitable[None]]
+Routes = Mapping[str, Mapping[str, Handler]]
 _ONE_MODEL = "/v1/models/"
 
 
 class App:
-    """Serves every path of the router over HTTP."""
+    """What clients see. All but what says how the process is doing needs an API key, where there are keys."""
 
-    def __init__(self, frontend: Frontend, *, policy: str, max_body_bytes: int) -> None:
+    def __init__(self, frontend: Frontend, access: Access, *, max_body_bytes: int) -> None:
         self._frontend = frontend
+        self._access = access
         self._max_body_bytes = max_body_bytes
         self._api = OpenAiApi(frontend)
-        explainer = RouteExplainer(frontend, self._api, policy)
-        self._routes: Mapping[str, Mapping[str, Handler]] = {
+        self._open: Routes = {
+            "/health": {"GET": _alive},
+            "/live": {"GET": _alive},
+            "/ready": {"GET": self._ready},
+            "/openapi.json": {"GET": _openapi},
+        }
+        self._keyed: Routes = {
             "/v1/completions": {"POST": self._api.completions},
             "/v1/chat/completions": {"POST": self._api.chat},
             "/v1/models": {"GET": self._api.models},
             "/tokenize": {"POST": self._api.tokenize},
             "/detokenize": {"POST": self._api.detokenize},
-            "/debug/route": {"GET": explainer.get, "POST": explainer.post},
-            "/health": {"GET": _alive},
-            "/live": {"GET": _alive},
-            "/ready": {"GET": self._ready},
-            "/metrics": {"GET": self._metrics},
             "/version": {"GET": _version},
         }
 
@@ -59,7 +63,10 @@ class App:
 
     def _handler(self, exchange: Exchange) -> Handler:
         path = exchange.path
-        handlers = self._routes.get(path)
+        handlers = self._open.get(path)
+        if handlers is None:
+            exchange.grant = self._access.admit(exchange.header("authorization"))
+            handlers = self._keyed.get(path)
         if handlers is None and path.startswith(_ONE_MODEL):
             handlers = {"GET": self._one_model}
         if handlers is None:
@@ -80,6 +87,20 @@ class App:
         self._frontend.placer.check_ready()
         await exchange.json(200, {"status": "ready"})
 
+
+class OwnApp(App):
+    """What is served on the port that a router shares with nobody: all of the above, and what is for those
+    who run it. Whoever reaches the port may ask for that."""
+
+    def __init__(self, frontend: Frontend, access: Access, *, policy: str, max_body_bytes: int) -> None:
+        super().__init__(frontend, access, max_body_bytes=max_body_bytes)
+        explainer = RouteExplainer(frontend, self._api, policy)
+        self._open = {
+            **self._open,
+            "/debug/route": {"GET": explainer.get, "POST": explainer.post},
+            "/metrics": {"GET": self._metrics},
+        }
+
     async def _metrics(self, exchange: Exchange) -> None:
         page, content_type = self._frontend.metrics.render()
         await exchange.respond(200, page, content_type)
@@ -94,6 +115,10 @@ async def _write_error(exchange: Exchange, error: BatonError) -> None:
 
 async def _alive(exchange: Exchange) -> None:
     await exchange.json(200, {"status": "ok"})
+
+
+async def _openapi(exchange: Exchange) -> None:
+    await exchange.json(200, document())
 
 
 async def _version(exchange: Exchange) -> None:

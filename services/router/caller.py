@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from baton.errors import InvalidRequest
+from baton.errors import InvalidRequest, PermissionDenied
 from baton.routing import Slo
+from baton.security.access import ANYONE, Grant
+from baton.security.quota import Quota
 
 _MAX_NAME = 256
 
@@ -18,12 +20,14 @@ Header = Callable[[str], str]
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`tenant` is empty where tenants are not told apart, `session` where the request names none;
-    `timeout_s` is how long the caller waits for the whole answer, from now."""
+    `timeout_s` is how long the caller waits for the whole answer, from now; `quota` is what its API key
+    may use, if it has one with limits."""
 
     tenant: str
     slo: Slo
     session: str
     timeout_s: float
+    quota: Quota | None = None
 
 
 @dataclass(frozen=True)
@@ -33,21 +37,41 @@ class Callers:
     trust_tenant: bool
     timeout_s: float
 
-    def read(self, header: Header, *, slo: Slo | None = None, service_tier: str | None = None) -> Caller:
+    def read(
+        self,
+        header: Header,
+        grant: Grant = ANYONE,
+        *,
+        slo: Slo | None = None,
+        service_tier: str | None = None,
+    ) -> Caller:
         """`slo` and `service_tier` are what the request's body says: `slo` beats the header, which beats
         the tier, of which `flex` means batch.
 
         Raises:
             InvalidRequest: naming the header that cannot be used.
+            PermissionDenied: the header names another tenant than the one the API key belongs to.
         """
         if slo is None:
             slo = _slo(header("x-baton-slo")) or ("batch" if service_tier == "flex" else "interactive")
         return Caller(
-            tenant=_name("x-tenant-id", header) if self.trust_tenant else "",
+            tenant=self._tenant(header, grant),
             slo=slo,
             session=_name("x-session-id", header),
             timeout_s=min(self.timeout_s, _seconds("x-baton-timeout-s", header)),
+            quota=grant.quota,
         )
+
+    def _tenant(self, header: Header, grant: Grant) -> str:
+        if not self.trust_tenant:
+            return grant.tenant
+        named = _name("x-tenant-id", header)
+        if grant.tenant and named not in ("", grant.tenant):
+            raise PermissionDenied(
+                f"x-tenant-id: this API key belongs to tenant {grant.tenant!r}, not {named[:64]!r}",
+                field="x-tenant-id",
+            )
+        return grant.tenant or named
 
 
 def _slo(value: str) -> Slo | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from baton.errors import BatonError
 from baton.openai.answer import Piece
 from baton.openai.params import ModelLimits, OutputBudget, settle, stops_of
 from baton.openai.schema import SamplingFields
+from baton.security.quota import Quota
 from services.router.admission import Door
 from services.router.caller import Caller, Callers
 from services.router.generation import Generation, Placed
@@ -94,7 +96,13 @@ class Frontend:
         Raises:
             BatonError: the first failure.
         """
+        quota = generations[0].caller.quota
+        if quota is not None and quota.counts_tokens:
+            quota.require_tokens(time.monotonic())
+            emit = _counted(emit, quota)
         async with self._admitted(generations) as queue_s:
+            if quota is not None:
+                quota.take_tokens(_prompt_tokens(generations))
             if len(generations) == 1:
                 await self.lifecycle.run(
                     generations[0], lambda placed, pieces: emit(0, placed, pieces), queue_s=queue_s
@@ -133,12 +141,11 @@ class Frontend:
 
     def _admitted(self, generations: Sequence[Generation]) -> AbstractAsyncContextManager[float]:
         """The choices' places; their prompts count once each, their outputs as long as outputs are now."""
-        prompts = {id(generation.prompt_token_ids): generation for generation in generations}
         output_tokens = min(generations[0].sampling.max_tokens, self.lifecycle.mean_output_tokens)
         return self.door.admitted(
             generations[0].caller,
             len(generations),
-            prompt_tokens=sum(len(generation.prompt_token_ids) for generation in prompts.values()),
+            prompt_tokens=_prompt_tokens(generations),
             output_tokens=output_tokens * len(generations),
         )
 
@@ -147,6 +154,22 @@ class Frontend:
         if not self.tenant_isolation:
             return cache_salt
         return f"{len(caller.tenant)}:{caller.tenant}{cache_salt}"
+
+
+def _prompt_tokens(generations: Sequence[Generation]) -> int:
+    """Tokens of all prompts; one that several choices share counts once."""
+    prompts = {id(generation.prompt_token_ids): generation.prompt_token_ids for generation in generations}
+    return sum(map(len, prompts.values()))
+
+
+def _counted(emit: EmitChoice, quota: Quota) -> EmitChoice:
+    """As `emit`, and every token of an answer counts against the quota."""
+
+    async def count_and_emit(index: int, placed: Placed, pieces: Sequence[Piece]) -> None:
+        quota.take_tokens(sum(len(piece.delta.token_ids) for piece in pieces))
+        await emit(index, placed, pieces)
+
+    return count_and_emit
 
 
 def _first(group: BaseExceptionGroup[BatonError]) -> BatonError:

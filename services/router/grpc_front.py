@@ -19,6 +19,7 @@ from baton.openai.parse import invalid
 from baton.openai.schema import Message, SamplingFields, TopLogprobs
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 from baton.sampling import FinishReason
+from baton.security.access import Access
 from services.router.admission import reason_of
 from services.router.caller import Caller
 from services.router.frontend import Frontend
@@ -46,8 +47,9 @@ class _GrpcSampling(SamplingFields, kw_only=True):
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Serves Inference with the same parts as the HTTP front."""
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, access: Access) -> None:
         self._frontend = frontend
+        self._access = access
         self._model = frontend.model
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
@@ -74,6 +76,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
+        await self._admitted(context)
         model = inference_pb2.Model(
             id=self._model.name,
             max_model_len=self._frontend.limits().max_model_len,
@@ -84,6 +87,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
+        await self._admitted(context)
         try:
             self._model.check_name(request.model)
             token_ids = await self._prompt(request, self._frontend.limits())
@@ -128,14 +132,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _caller(self, context: Context) -> Caller:
         """Who calls, by the metadata of the same names as the HTTP headers, and until when."""
-        metadata = {
-            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
-        }
-        caller = self._frontend.callers.read(lambda name: metadata.get(name, ""))
+        metadata = _metadata(context)
+        grant = self._access.admit(metadata.get("authorization", ""))
+        caller = self._frontend.callers.read(lambda name: metadata.get(name, ""), grant)
         remaining_s = context.time_remaining()
         if remaining_s is None:
             return caller
         return replace(caller, timeout_s=max(0.0, min(caller.timeout_s, remaining_s)))
+
+    async def _admitted(self, context: Context) -> None:
+        """Ends the call of whoever may not come in."""
+        try:
+            self._access.admit(_metadata(context).get("authorization", ""))
+        except BatonError as error:
+            await self._abort(context, error)
 
     async def _prompt(
         self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, limits: ModelLimits
@@ -169,6 +179,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if isinstance(error, Overloaded):
             trailers.append(("retry-after", str(retry_after(error))))
         await context.abort(error.grpc_code, error.message, tuple(trailers))
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _sampling_fields(sampling: inference_pb2.SamplingParams) -> _GrpcSampling:

@@ -11,8 +11,16 @@ from typing import Any
 
 import orjson
 
-from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, RequestTooLarge
+from baton.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    RequestTooLarge,
+    Unauthenticated,
+)
 from baton.openai.answer import error_shape
+from baton.security.access import ANYONE, Grant
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -85,6 +93,7 @@ class Exchange:
         self._max_body_bytes = max_body_bytes
         self.request_id = _usable(self.header("x-request-id")) or os.urandom(16).hex()
         self.started = False
+        self.grant: Grant = ANYONE
 
     def header(self, name: str) -> str:
         """A request header by its lower-case name; empty when absent."""
@@ -205,6 +214,8 @@ class Exchange:
             headers["retry-after"] = str(retry_after(error))
         if isinstance(error, MethodNotAllowed):
             headers["allow"] = error.allowed
+        if isinstance(error, Unauthenticated):
+            headers["www-authenticate"] = "Bearer"
         await self.json(error.http_status, error_shape(error), headers)
 
     async def _start(self, status: int, headers: Headers) -> None:

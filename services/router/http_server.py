@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import math
 import socket
+import ssl
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -20,6 +22,7 @@ from services.router.http import Connection
 
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
+_MAX_HEAD_BYTES = 64 * 1024
 
 
 class _Gathering:
@@ -49,11 +52,29 @@ class _Gathering:
             self._transport.write(b"".join(written))
 
 
+class HeadTooLarge(InvalidRequest):
+    """The request's line and headers are larger than is read."""
+
+    http_status = 431
+
+
+class HeadTooSlow(InvalidRequest):
+    """The request's line and headers did not arrive in time."""
+
+    http_status = 408
+
+
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's, with errors in OpenAI's shape and no patience for connections that never speak."""
+    """uvicorn's, with errors in OpenAI's shape, and no patience for connections that never speak, or never
+    come to the end of a request's head."""
+
+    head_timeout_s: float
 
     def connection_made(self, transport: Any) -> None:
         self._connection = Connection()
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
         super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
         # Else every second small write waits for an acknowledgement; the loops set it on some sockets only.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,18 +82,59 @@ class _Protocol(HttpToolsProtocol):
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._refuse(HeadTooLarge(f"headers: larger than {_MAX_HEAD_BYTES} bytes", field="headers"))
+                return
+        # Also empty lines before a head, and the rest of a body that was refused, come to an end.
+        if self._head_timer is None and (self._in_head or self.cycle is None or self.cycle.response_complete):
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_late)
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = 0
         self.scope["state"]["connection"] = self._connection
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._forget_head_timer()
+        super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._forget_head_timer()
         self._connection.lose()
 
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Behind a request that is still answered; what is there of the next one can wait as long.
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_late)
+            return
+        if self._in_head:
+            late = f"headers: not complete after {self.head_timeout_s:g} s"
+            self._refuse(HeadTooSlow(late, field="headers"))
+        else:
+            self.transport.close()
+
+    def _forget_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
     def send_400_response(self, msg: str) -> None:
-        body = orjson.dumps(error_shape(InvalidRequest(f"not HTTP: {msg}")))
+        self._refuse(InvalidRequest(f"not HTTP: {msg}"))
+
+    def _refuse(self, error: InvalidRequest) -> None:
+        """Answer and hang up."""
+        body = orjson.dumps(error_shape(error))
         head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {error.http_status} {HTTPStatus(error.http_status).phrase}\r\n"
+            "content-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
@@ -82,12 +144,20 @@ class _Protocol(HttpToolsProtocol):
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling: the process decides when to stop."""
 
-    def __init__(self, app: Any, *, grace_s: float) -> None:
-        """`grace_s`: seconds running requests get once `stop` was called; then they are cancelled."""
+    def __init__(
+        self, app: Any, *, grace_s: float, head_timeout_s: float, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """
+        Args:
+            grace_s: seconds running requests get once `stop` was called; then they are cancelled.
+            head_timeout_s: seconds until a request's headers must have arrived.
+        """
+        protocol = type("Protocol", (_Protocol,), {"head_timeout_s": head_timeout_s})
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_Protocol,
+                http=protocol,
+                ssl_context_factory=None if tls is None else lambda _config, _default: tls,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -87,12 +87,20 @@ class ServedModel:
         if not text:
             raise InvalidRequest(f"{field}: must not be empty", field=field)
         check_prompt_length(tokenizer.fewest_tokens(text), limits, field)
-        if len(text) <= _INLINE_CHARACTERS:
-            token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        else:
-            token_ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        token_ids = await self.tokenize(text, field, add_special_tokens=add_special_tokens)
         check_prompt(token_ids, limits, field)
         return token_ids
+
+    async def tokenize(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text of any length; a long one is no other request's wait.
+
+        Raises:
+            InvalidRequest: there is no tokenizer.
+        """
+        tokenizer = self.require_tokenizer(field)
+        if len(text) <= _INLINE_CHARACTERS:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
     def render(
         self,

@@ -167,7 +167,7 @@ class OpenAiApi:
             text = request.prompt or ""
             special = request.add_special_tokens is not False
         tokenizer = self._model.require_tokenizer("prompt")
-        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        token_ids = await self._model.tokenize(text, "prompt", add_special_tokens=special)
         content: dict[str, object] = {
             "count": len(token_ids),
             "max_model_len": self._model.limits.max_model_len,
@@ -212,7 +212,7 @@ class OpenAiApi:
 
     def _caller(self, request: RequestFields, exchange: Exchange) -> Caller:
         return self._frontend.callers.read(
-            exchange.header, slo=request.slo, service_tier=request.service_tier
+            exchange.header, exchange.grant, slo=request.slo, service_tier=request.service_tier
         )
 
     def _head(self, kind: str, exchange: Exchange) -> Head:

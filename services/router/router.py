@@ -8,10 +8,12 @@ import random
 
 from baton.config import Settings
 from baton.routing import Policy, Unplaceable, create_policy
-from baton.rpc.server import Server
+from baton.rpc.server import Public, Server
 from baton.rpc.v1 import inference_pb2_grpc, worker_pb2
+from baton.security.access import Access
+from baton.security.tls import PublicTls
 from services.router.admission import Door
-from services.router.app import App
+from services.router.app import App, OwnApp
 from services.router.caller import Callers
 from services.router.cluster import Cluster, router_id
 from services.router.frontend import Frontend
@@ -35,9 +37,10 @@ class Router:
         """
         Raises:
             UnsupportedModel: the model cannot be read.
+            BadSetting: the files of API keys or of the certificate cannot be used.
         """
         self._settings = settings.router
-        self._metrics_port = settings.observability.metrics_port
+        self._observability = settings.observability
         self.model = ServedModel.load(settings.model)
         self.metrics = Metrics(self.model.name)
         self._cluster = cluster
@@ -45,7 +48,9 @@ class Router:
         self.sessions = SessionPool(router_id(), self.on_load, self._changes.notify)
         policy: Policy = create_policy(self._settings.policy, random.Random())
         self._placer = Placer(policy, cluster, self.sessions)
-        self._door = Door(self._settings, self._placer, self.metrics)
+        self._access = Access(self._settings.api_keys)
+        self._tls = PublicTls.from_settings(self._settings)
+        self._door = Door(self._settings, self._access, self._placer, self.metrics)
         lifecycle = Lifecycle(
             self._placer,
             self.sessions,
@@ -87,24 +92,30 @@ class Router:
         """Serve until `stop` is set, then let running requests finish for a bounded time.
 
         Sets `listening`, after which `http_port`, `grpc_port` and `metrics_port` are the real ones. The
-        last one serves the same paths and is never shared, so that each of several routers can be asked.
+        last one is never shared, so that each of several routers can be asked, and never encrypted.
 
         Raises:
             BadSetting: a port is taken.
         """
         grace_s, host, share = self._settings.stop_grace_s, self._settings.host, self._settings.share_ports
-        app = App(self.frontend, policy=self._settings.policy, max_body_bytes=self._settings.max_body_bytes)
-        http = HttpServer(app, grace_s=grace_s)
+        max_bytes, head_s = self._settings.max_body_bytes, self._settings.head_timeout_s
+        app = App(self.frontend, self._access, max_body_bytes=max_bytes)
+        own_app = OwnApp(self.frontend, self._access, policy=self._settings.policy, max_body_bytes=max_bytes)
+        tls = self._tls.http_context() if self._tls is not None else None
+        http = HttpServer(app, grace_s=grace_s, head_timeout_s=head_s, tls=tls)
+        own_http = HttpServer(own_app, grace_s=grace_s, head_timeout_s=head_s)
+        own_host = self._observability.metrics_host or host
+        public = Public(self._tls.grpc_credentials() if self._tls is not None else None, max_bytes)
         with (
             listen(host, self._settings.port, flag="--port", share=share) as listener,
-            listen(host, self._metrics_port, flag="--metrics-port") as own_listener,
+            listen(own_host, self._observability.metrics_port, flag="--metrics-port") as own_listener,
         ):
             self.http_port = listener.getsockname()[1]
             self.metrics_port = own_listener.getsockname()[1]
-            async with Server(share_ports=share) as server:
+            async with Server(public, share_ports=share) as server:
                 server.add(
                     inference_pb2_grpc.add_InferenceServicer_to_server,
-                    InferenceService(self.frontend),
+                    InferenceService(self.frontend, self._access),
                     "baton.v1.Inference",
                 )
                 self.grpc_port = server.bind(host, self._settings.grpc_port, flag="--grpc-port")
@@ -115,19 +126,24 @@ class Router:
                         tasks.create_task(self.sessions.run()),
                         tasks.create_task(self._follow_readiness(server)),
                     ]
-                    serving = tasks.create_task(http.serve(sockets=[listener, own_listener]))
+                    serving = [
+                        tasks.create_task(http.serve(sockets=[listener])),
+                        tasks.create_task(own_http.serve(sockets=[own_listener])),
+                    ]
                     log.info(
-                        "serving %s: HTTP on %s:%d, gRPC on port %d, metrics on port %d",
-                        *(self.model.name, host, self.http_port, self.grpc_port, self.metrics_port),
+                        "serving %s: %s on %s:%d, gRPC on port %d, metrics on %s:%d",
+                        *(self.model.name, "HTTP" if tls is None else "HTTPS", host, self.http_port),
+                        *(self.grpc_port, own_host, self.metrics_port),
                     )
                     listening.set()
                     await stop.wait()
                     log.info("stopping: running requests have %.0f s", grace_s)
                     self._door.close()
                     http.stop()
+                    own_http.stop()
                     followers.pop().cancel()  # health says NOT_SERVING from here on
                     await server.stop(grace_s)
-                    await serving
+                    await asyncio.gather(*serving)
                     for follower in followers:
                         follower.cancel()
 

@@ -106,6 +106,6 @@ def test_streams_cut_at_random_leave_nothing_behind(cluster: Cluster) -> None:
         lambda: all(count <= before[name] for name, count in resources(cluster).items()),
         lambda: (before, resources(cluster)),
     )
-    metrics = httpx.get(f"{cluster.base_url}/metrics").text
+    metrics = httpx.get(f"{cluster.own_url}/metrics").text
     running = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running")]
     assert [float(line.split()[-1]) for line in running] == [0.0]

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from baton.kv.events import Event
+from baton.ports import unused_port
 from baton.rpc.kvstore_client import WorkerMembership
 from baton.rpc.v1 import kvstore_pb2, worker_pb2
 from tests.integration.kvstore_processes import ROOT, KvstoreProcess, Process, until
@@ -29,9 +30,14 @@ class RouterProcess(Process):
     def __init__(self, log: Path, kvstore: str) -> None:
         super().__init__(log)
         self._kvstore = kvstore
+        self._metrics_port = unused_port("127.0.0.1")
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self._metrics_port}/metrics"
 
     def command(self) -> list[str]:
-        ports = ["--port", str(self.port), "--grpc-port", "0"]
+        ports = ["--port", str(self.port), "--grpc-port", "0", "--metrics-port", str(self._metrics_port)]
         return [
             sys.executable,
             "-m",
@@ -102,10 +108,10 @@ async def test_the_router_goes_on_when_the_kvstore_is_gone(
             first = await http.post("/v1/completions", json=ASK)
             assert first.status_code == 200
             assert first.headers["x-baton-decode-worker"] == "decode-0"
-            assert "baton_router_kvstore_connected 1.0" in (await http.get("/metrics")).text
+            assert "baton_router_kvstore_connected 1.0" in (await http.get(router.metrics_url)).text
             kvstore.kill()
             async with asyncio.timeout(20):
-                while "baton_router_kvstore_connected 0.0" not in (await http.get("/metrics")).text:
+                while "baton_router_kvstore_connected 0.0" not in (await http.get(router.metrics_url)).text:
                     await asyncio.sleep(0.05)
             again = await http.post("/v1/completions", json=ASK)
             assert again.json()["choices"][0]["text"] == first.json()["choices"][0]["text"]

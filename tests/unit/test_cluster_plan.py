@@ -105,6 +105,27 @@ def test_a_url_that_may_hold_a_password_is_not_on_the_command_line(model: Path) 
     assert not any("secret" in word for spec in (kvstore, *others) for word in spec.arguments)
 
 
+def test_only_the_public_ports_follow_the_routers_address(model: Path) -> None:
+    found = arguments(plan(model, host="0.0.0.0"))
+    assert {each.get("--host") for each in found.values()} == {"0.0.0.0", None}
+    assert {each["--metrics-host"] for each in found.values()} == {"127.0.0.1"}
+    assert not any("--worker-host" in each or "--kvstore-host" in each for each in found.values())
+    asked = arguments(plan(model, metrics_host="0.0.0.0"))
+    assert {each["--metrics-host"] for each in asked.values()} == {"0.0.0.0"}
+    settings = resolve({}, {})[0]
+    assert settings.worker.worker_host == settings.kvstore.kvstore_host == "127.0.0.1"
+
+
+def test_files_of_certificates_reach_whom_they_concern(model: Path) -> None:
+    internal = {"internal_tls_cert": "a", "internal_tls_key": "b", "internal_tls_ca": "c"}
+    planned = plan(model, tls_cert="p", tls_key="q", api_keys="k", require_internal_tls=True, **internal)
+    assert planned.base_url.startswith("https://")
+    assert all("--require-internal-tls" in spec.arguments for spec in planned.processes)
+    for name, each in arguments(planned).items():
+        assert each["--internal-tls-cert"] == "a"
+        assert ("--tls-cert" in each) == ("--api-keys" in each) == (name == "router")
+
+
 def test_cores_are_divided_between_the_workers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "usable_cores", lambda: 8)
     threads = {n: arguments(plan(model, hybrid=n))["hybrid-0"]["--threads"] for n in (1, 3, 8, 9)}

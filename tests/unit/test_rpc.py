@@ -1,13 +1,17 @@
 """Does a server say when it serves, and fail clearly when it cannot listen?"""
 
+import asyncio
 import socket
 
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry, Counter, start_http_server
 
 from baton.config import BadSetting
 from baton.rpc.channels import open_channel
+from baton.rpc.probes import answer_probes
 from baton.rpc.server import Server
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 
@@ -61,3 +65,27 @@ async def test_two_servers_never_share_a_port() -> None:
         port = first.bind("127.0.0.1", 0, flag="--worker-port")
         with pytest.raises(BadSetting, match=str(port)):
             second.bind("127.0.0.1", port, flag="--worker-port")
+
+
+async def test_probes_are_answered_over_http_beside_the_metrics() -> None:
+    registry = CollectorRegistry()
+    Counter("seen", "Something counted.", registry=registry)
+    async with Server() as server:
+        metrics, thread = start_http_server(0, "127.0.0.1", registry)
+        try:
+            answer_probes(metrics, lambda: server.serving)
+
+            def ask(path: str) -> int:
+                return httpx.get(f"http://127.0.0.1:{metrics.server_port}{path}", timeout=10).status_code
+
+            async def asked() -> list[int]:
+                return [await asyncio.to_thread(ask, path) for path in ("/live", "/ready", "/metrics")]
+
+            assert await asked() == [200, 503, 200]
+            await server.set_serving(True)
+            assert await asked() == [200, 200, 200]
+            await server.stop(0)
+            assert await asked() == [200, 503, 200]
+        finally:
+            await asyncio.to_thread(metrics.shutdown)
+            thread.join()

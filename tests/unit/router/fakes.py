@@ -207,6 +207,11 @@ class RunningRouter:
         return f"http://127.0.0.1:{self.router.http_port}"
 
     @property
+    def own_url(self) -> str:
+        """Of the port with the metrics."""
+        return f"http://127.0.0.1:{self.router.metrics_port}"
+
+    @property
     def grpc_address(self) -> str:
         return f"127.0.0.1:{self.router.grpc_port}"
 

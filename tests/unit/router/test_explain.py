@@ -18,6 +18,12 @@ async def router(worker: FakeWorker):
         yield up
 
 
+@pytest.fixture
+async def http(router: RunningRouter):
+    async with httpx.AsyncClient(base_url=router.own_url, timeout=10) as client:
+        yield client
+
+
 async def test_a_dry_run_names_the_choice_its_terms_and_what_is_held(
     http: httpx.AsyncClient, router: RunningRouter, worker: FakeWorker
 ) -> None:

@@ -243,10 +243,10 @@ async def test_the_small_endpoints(http: httpx.AsyncClient) -> None:
     assert chat["tokens"][0] == 0
 
 
-async def test_metrics_count_what_happened(http: httpx.AsyncClient) -> None:
+async def test_metrics_count_what_happened(http: httpx.AsyncClient, router: RunningRouter) -> None:
     await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 5})
     await http.post("/v1/completions", json={"prompt": 5})
-    page = (await http.get("/metrics")).text
+    page = (await http.get(f"{router.own_url}/metrics")).text
     for line in (
         f'vllm:time_to_first_token_seconds_count{{model_name="{NAME}"}} 1.0',
         f'vllm:inter_token_latency_seconds_count{{model_name="{NAME}"}} 4.0',
