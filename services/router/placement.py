@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import TypeVar
 
 from baton.kv.events import TierCounts
@@ -13,6 +14,7 @@ from baton.routing.admission import Pace
 from baton.routing.correction import Correction
 from baton.routing.cost import compute_s
 from baton.routing.expected import Coming, Expected
+from baton.routing.nominees import EVERYBODY, Nominees
 from baton.rpc.v1 import worker_pb2
 from services.router.cluster import Cluster, KnownWorker
 from services.router.generation import Generation
@@ -70,6 +72,7 @@ class Placer:
         self._correction = Correction()
         self._promises = Promises(self._correction.apply, cluster.reservations)
         self._expected = Expected()
+        self._nominees = Nominees(Random())
         self._conversations: dict[_Conversation, str] = {}
         self.suspects = Suspects()
 
@@ -85,8 +88,7 @@ class Placer:
             context = [*context, *output]
         chains = _chains(generation.cache_salt, context, known)
         request = self._request(generation, len(context), chains, avoid)
-        view = self._view(known)
-        placement = self._away_from_suspects(request, lambda asked: self._policy.place(asked, view))
+        placement = self._decide(request, known)
         if request.session:
             self._remember(_conversation(generation), placement.decode.worker_id)
         chain: Sequence[bytes] = ()
@@ -173,6 +175,27 @@ class Placer:
         self._promises.forget(worker_id)
         self._expected.forget(worker_id)
         self.suspects.worked(worker_id)
+
+    def _decide(self, request: Request, known: Sequence[KnownWorker]) -> Placement:
+        """The policy's choice among those that are likely it, or among all where it is none of them."""
+        if self._policy.weighs and len(known) > EVERYBODY:
+            views = self._view(self._likely(request, known))
+            self._nominees.keep(views.workers)
+            try:
+                return self._away_from_suspects(request, lambda asked: self._policy.place(asked, views))
+            except Unplaceable:
+                pass
+        everybody = self._view(known)
+        return self._away_from_suspects(request, lambda asked: self._policy.place(asked, everybody))
+
+    def _likely(self, request: Request, known: Sequence[KnownWorker]) -> list[KnownWorker]:
+        by_name = {worker.view.worker_id: worker for worker in known}
+        roles: dict[bool, list[str]] = {True: [], False: []}
+        for worker_id, worker in by_name.items():
+            if not worker.view.draining:
+                roles[worker.view.role.decodes].append(worker_id)
+        named = self._nominees.choose(roles, (request.held, request.expected), request.session_worker)
+        return [by_name[worker_id] for worker_id in named if worker_id in by_name]
 
     def _away_from_suspects(self, request: Request, decide: Callable[[Request], Decision]) -> Decision:
         """What is decided for the request without the suspects, or with them where it cannot be."""
