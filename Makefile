@@ -14,7 +14,7 @@ NODE_STAMP := examples/node/node_modules/.package-lock.json
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DOCKER ?= docker
 # Which images `make images` and `make sbom` make; `worker` is the one for GPUs.
-IMAGES ?= router kvstore worker-cpu
+IMAGES ?= router kvstore planner worker-cpu
 # More arguments of `docker build`, such as IMAGE_ARGS="--build-arg BASE=debian:bookworm-slim".
 IMAGE_ARGS ?=
 KIND ?= kind

@@ -216,6 +216,41 @@ class InternalTlsSettings:
 
 
 @dataclass(frozen=True)
+class PlannerSettings:
+    """What keeps the number of workers and their roles right."""
+
+    planner_host: str = setting("127.0.0.1", "address the planner's /metrics listens on")
+    router_metrics: str = setting(
+        "127.0.0.1:9090", "host:port of the routers' /metrics; every address that the name has is asked"
+    )
+    plan_interval_s: float = setting(5.0, "seconds between two looks at the cluster", minimum=0.1)
+    dry_run: bool = setting(False, "only say what would be done")
+    budget_gpus: int = setting(
+        0,
+        "devices that all workers together may take, a worker on cpu being one [0: none are added]",
+        minimum=0,
+    )
+    tpot_target_s: float = setting(
+        0.1, "seconds per token after the first, which say how many requests decode together", minimum=0.001
+    )
+    target_utilization: float = setting(
+        0.7, "share of what a role's workers can do from which on it needs more", minimum=0.05, maximum=1
+    )
+    grow_after_s: float = setting(20.0, "seconds of too much to do before workers are added", minimum=0)
+    shrink_after_s: float = setting(300.0, "seconds of little to do before a worker goes", minimum=0)
+    least_prefill: int = setting(1, "prefill workers there always are", minimum=0)
+    least_decode: int = setting(1, "decode workers there always are", minimum=1)
+    gpus_per_prefill: int = setting(1, "devices of a new prefill worker", minimum=1)
+    gpus_per_decode: int = setting(1, "devices of a new decode worker", minimum=1)
+    prefill_workload: str = setting(
+        "", "Kubernetes Deployment of the prefill workers [empty: roles change, numbers do not]"
+    )
+    decode_workload: str = setting("", "Kubernetes Deployment of the decode workers [empty: as above]")
+    namespace: str = setting("default", "Kubernetes namespace they are in")
+    lease: str = setting("", "Lease that the planner which acts holds [empty: there is one planner]")
+
+
+@dataclass(frozen=True)
 class ClientSettings:
     """How `baton chat` reaches a running cluster."""
 
@@ -267,6 +302,7 @@ class Settings:
     router: RouterSettings = field(default_factory=RouterSettings)
     kvstore: KvstoreSettings = field(default_factory=KvstoreSettings)
     internal_tls: InternalTlsSettings = field(default_factory=InternalTlsSettings)
+    planner: PlannerSettings = field(default_factory=PlannerSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
     observability: ObservabilitySettings = field(default_factory=ObservabilitySettings)
@@ -275,6 +311,7 @@ class Settings:
 PROCESS_SECTIONS: dict[str, tuple[str, ...]] = {
     "kvstore": ("kvstore", "internal_tls", "observability"),
     "router": ("model", "router", "kvstore", "internal_tls", "observability"),
+    "planner": ("planner", "kvstore", "internal_tls", "observability"),
     "prefill": ("model", "engine", "worker", "kvstore", "internal_tls", "observability"),
     "decode": ("model", "engine", "worker", "kvstore", "internal_tls", "observability"),
 }

@@ -17,7 +17,11 @@ SCHEMA = Path(__file__).parent / "baton" / "values.schema.json"
 GIVEN = {
     "model": {"model", "served_model_name", "device", "gpu"},
     "worker": {"role", "worker_id", "worker_host", "worker_port", "transfer"},
-    "router": {"host", "port", "grpc_port", "share_ports"},
+    "router": {"host", "port", "grpc_port", "share_ports", "api_keys", "tls_cert", "tls_key"},
+    "planner": {
+        *("planner_host", "router_metrics", "namespace", "lease"),
+        *("prefill_workload", "decode_workload", "gpus_per_prefill", "gpus_per_decode"),
+    },
     "kvstore": {"kvstore", "kvstore_port", "kvstore_host", "redis"},
     "observability": {"metrics_port"},
 }
@@ -165,6 +169,7 @@ def values() -> Schema:
             preStopSeconds=number(),
         ),
         kvstore=closed(**POD, config=closed(**settings("kvstore"))),
+        planner=closed(**POD, enabled=SWITCH, replicas=number(1), config=closed(**settings("planner"))),
         prefill=worker(),
         decode=worker(),
         shm=closed(size=TEXT),
@@ -180,6 +185,9 @@ def values() -> Schema:
             existingSecretKey=TEXT,
             bundled=closed(enabled=SWITCH, image=closed(registry=TEXT, **IMAGE), resources=RESOURCES),
         ),
+        tls=closed(existingSecret=TEXT, certManager=closed(enabled=SWITCH, issuerRef=FREE, dnsNames=WORDS)),
+        internalTls=closed(existingSecret=TEXT, certManager=closed(enabled=SWITCH, issuerRef=FREE)),
+        apiKeys=closed(existingSecret=TEXT, key=TEXT, testKey=TEXT),
         ingress=closed(
             enabled=SWITCH,
             className=TEXT,

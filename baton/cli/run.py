@@ -38,6 +38,9 @@ def _process_command(name: str, module: str, summary: str, *fixed: str, needs_to
 PROCESS_COMMANDS = (
     _process_command("kvstore", "services.kvstore", "Run a prefix index and registry.", needs_torch=False),
     _process_command("router", "services.router", "Run a router.", needs_torch=False),
+    _process_command(
+        "planner", "services.planner", "Keep the number of workers and their roles right.", needs_torch=False
+    ),
     _process_command("prefill", "services.prefill", "Run a prefill worker.", needs_torch=True),
     _process_command("decode", "services.decode", "Run a decode worker.", needs_torch=True),
     _process_command(

@@ -96,6 +96,7 @@ class Frontend:
         Raises:
             BatonError: the first failure.
         """
+        self.metrics.arrived([len(generation.prompt_token_ids) for generation in generations])
         quota = generations[0].caller.quota
         if quota is not None and quota.counts_tokens:
             quota.require_tokens(time.monotonic())

@@ -73,6 +73,14 @@ class Metrics:
             "Seconds by which the prediction of a prompt's queue and prefill was off, either way.",
             _LATENCY_BUCKETS_S,
         )
+        self._arrived = Counter(
+            "baton_router_arrived_choices",
+            "Choices that clients asked for, let in or not.",
+            registry=registry,
+        )
+        self._arrived_tokens = Counter(
+            "baton_router_arrived_prompt_tokens", "Prompt tokens of these choices.", registry=registry
+        )
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of placed choices.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self.running = Gauge(
@@ -135,6 +143,11 @@ class Metrics:
             "baton_router_rejected_total", "Requests refused.", ["reason"], registry=registry
         )
         self._model = model
+
+    def arrived(self, prompt_tokens: Sequence[int]) -> None:
+        """A request came, with a choice for each of these lengths of prompts."""
+        self._arrived.inc(len(prompt_tokens))
+        self._arrived_tokens.inc(sum(prompt_tokens))
 
     def finished(self, reason: str) -> None:
         self._success.labels(self._model, reason).inc()

@@ -77,6 +77,55 @@ labels:
 - name: BATON_LOG_LEVEL
   value: {{ .Values.logLevel }}
 {{- include "baton.settings" .Values.kvstore.config }}
+{{- if include "baton.internalTlsSecretName" . }}
+- name: BATON_INTERNAL_TLS_CERT
+  value: /etc/baton/internal-tls/tls.crt
+- name: BATON_INTERNAL_TLS_KEY
+  value: /etc/baton/internal-tls/tls.key
+- name: BATON_INTERNAL_TLS_CA
+  value: /etc/baton/internal-tls/ca.crt
+- name: BATON_REQUIRE_INTERNAL_TLS
+  value: "true"
+{{- end }}
+{{- end }}
+
+{{/* The Secret of a certificate: dict "root" $ "values" .Values.tls "path" "tls"; empty without TLS. */}}
+{{- define "baton.certificate" -}}
+{{- if and .values.existingSecret .values.certManager.enabled }}
+{{- fail (printf "%s: give existingSecret or certManager, not both" .path) }}
+{{- else if .values.certManager.enabled }}
+{{- printf "%s-%s" (include "baton.fullname" .root) (kebabcase .path) }}
+{{- else }}
+{{- .values.existingSecret }}
+{{- end }}
+{{- end }}
+
+{{- define "baton.tlsSecretName" -}}
+{{- include "baton.certificate" (dict "root" . "values" .Values.tls "path" "tls") }}
+{{- end }}
+
+{{- define "baton.internalTlsSecretName" -}}
+{{- include "baton.certificate" (dict "root" . "values" .Values.internalTls "path" "internalTls") }}
+{{- end }}
+
+{{/* Of every process: what it shows the others. */}}
+{{- define "baton.internalTlsMount" -}}
+{{- if include "baton.internalTlsSecretName" . }}
+- {name: internal-tls, mountPath: /etc/baton/internal-tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "baton.internalTlsVolume" -}}
+{{- with include "baton.internalTlsSecretName" . }}
+- name: internal-tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
+{{/* How kubelet asks a gRPC server whether it is well: dict "root" $ "port" 50052. It has no certificate to show, so
+     with internal TLS it only sees whether the port is open. */}}
+{{- define "baton.grpcProbe" -}}
+{{ ternary "tcpSocket" "grpc" (ne (include "baton.internalTlsSecretName" .root) "") }}: {port: {{ .port }}}
 {{- end }}
 
 {{- define "baton.modelSettings" -}}
@@ -92,11 +141,12 @@ labels:
 {{- end }}
 {{- end }}
 
-{{/* Where and as whom a pod runs: dict "root" $ "values" .Values.router. */}}
+{{/* Where and as whom a pod runs: dict "root" $ "values" .Values.router; with "serviceAccountName" and "token" true
+     as somebody else who may ask the Kubernetes API. */}}
 {{- define "baton.podSpec" -}}
 {{- $values := .values -}}
-serviceAccountName: {{ include "baton.serviceAccountName" .root }}
-automountServiceAccountToken: false
+serviceAccountName: {{ .serviceAccountName | default (include "baton.serviceAccountName" .root) }}
+automountServiceAccountToken: {{ .token | default false }}
 {{- /* Else Kubernetes adds BATON_... variables, one for each Service, that are no settings. */}}
 enableServiceLinks: false
 {{- with .root.Values.imagePullSecrets }}
@@ -155,6 +205,14 @@ annotations:
 {{- if not (or .hpa.enabled .keda.enabled) -}}
 replicas: {{ .replicas }}
 {{- end }}
+{{- end }}
+
+{{/* An object that must not be empty: dict "map" .Values.tls.certManager.issuerRef "path" "tls.certManager.issuerRef". */}}
+{{- define "baton.requiredMap" -}}
+{{- if not .map }}
+{{- fail (printf "%s is empty, and what it belongs to is enabled" .path) }}
+{{- end }}
+{{- toYaml .map }}
 {{- end }}
 
 {{/* A list that must not be empty: dict "list" .Values.ingress.hosts "path" "ingress.hosts". */}}

@@ -10,7 +10,14 @@ kind: Deployment
 metadata:
   {{- include "baton.metadata" . | nindent 2 }}
 spec:
-  {{- with include "baton.replicas" $values | trim }}
+  {{- $scaled := $values }}
+  {{- /* An upgrade leaves alone what the planner has set. */}}
+  {{- if $root.Values.planner.enabled }}
+  {{- with lookup "apps/v1" "Deployment" $root.Release.Namespace (printf "%s-%s" (include "baton.fullname" $root) .component) }}
+  {{- $scaled = merge (dict "replicas" .spec.replicas) $values }}
+  {{- end }}
+  {{- end }}
+  {{- with include "baton.replicas" $scaled | trim }}
   {{- . | nindent 2 }}
   {{- end }}
   {{- with $values.updateStrategy }}
@@ -80,16 +87,16 @@ spec:
             - {name: grpc, containerPort: 50053}
             - {name: metrics, containerPort: 9090}
           startupProbe:
-            grpc: {port: 50053}
+            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053) | nindent 12 }}
             periodSeconds: 2
             timeoutSeconds: 2
             failureThreshold: {{ div $values.startupTimeoutSeconds 2 }}
           readinessProbe:
-            grpc: {port: 50053}
+            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053) | nindent 12 }}
             periodSeconds: 5
             timeoutSeconds: 5
           livenessProbe:
-            grpc: {port: 50053}
+            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053) | nindent 12 }}
             periodSeconds: 10
             timeoutSeconds: 10
             failureThreshold: 6
@@ -105,6 +112,9 @@ spec:
             {{- include "baton.containerSecurity" (dict "values" $values "capabilities" $capabilities) | nindent 12 }}
           volumeMounts:
             - {name: tmp, mountPath: /tmp}
+            {{- with include "baton.internalTlsMount" $root | trim }}
+            {{- . | nindent 12 }}
+            {{- end }}
             - {name: shm, mountPath: /dev/shm}
             {{- with include "baton.modelMount" $root | trim }}
             {{- . | nindent 12 }}
@@ -115,6 +125,9 @@ spec:
       volumes:
         - name: tmp
           emptyDir: {}
+        {{- with include "baton.internalTlsVolume" $root | trim }}
+        {{- . | nindent 8 }}
+        {{- end }}
         - name: shm
           emptyDir: {medium: Memory, sizeLimit: {{ $root.Values.shm.size }}}
         {{- with include "baton.modelVolume" (dict "root" $root "cache" (include "baton.modelCacheClaim" $root)) | trim }}

@@ -27,7 +27,20 @@ EVERYTHING = (
     *("router.hpa.enabled=true", "decode.hpa.enabled=true", "decode.hpa.metrics[0].type=Resource"),
     *("decode.hpa.metrics[0].resource.name=cpu", "decode.hpa.metrics[0].resource.target.type=Utilization"),
     *("decode.hpa.metrics[0].resource.target.averageUtilization=60",),
+    *("tls.certManager.enabled=true", "tls.certManager.issuerRef.name=ca", "apiKeys.existingSecret=people"),
+    *("internalTls.certManager.enabled=true", "internalTls.certManager.issuerRef.name=inside"),
     *("prefill.keda.enabled=true", "prefill.keda.triggers[0].type=prometheus", "ucx.UCX_LOG_LEVEL=info"),
+)
+
+#: Values of a planner and all it needs; it cannot be together with what else sets replicas.
+PLANNER = (
+    *("planner.enabled=true", "planner.replicas=2", "planner.config.budgetGpus=8"),
+    *(
+        "networkPolicy.enabled=true",
+        "networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.name=monitoring",
+    ),
+    *("tls.existingSecret=public", "internalTls.existingSecret=inside", "apiKeys.existingSecret=people"),
+    *("device=cuda", r"prefill.resources.limits.nvidia\.com/gpu=2"),
 )
 
 

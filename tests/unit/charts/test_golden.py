@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.charts.rendering import EVERYTHING, text
+from tests.unit.charts.rendering import EVERYTHING, PLANNER, text
 
 GOLDEN = Path(__file__).parent / "golden"
-RENDERS = {"kind": ("values-kind.yaml", ()), "everything": (None, EVERYTHING)}
+RENDERS = {"kind": ("values-kind.yaml", ()), "everything": (None, EVERYTHING), "planner": (None, PLANNER)}
 
 
 @pytest.mark.parametrize("name", RENDERS)

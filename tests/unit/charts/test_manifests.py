@@ -16,8 +16,10 @@ from baton.config import BadSetting, resolve
 from tests.unit.charts.rendering import (
     CHART,
     EVERYTHING,
+    PLANNER,
     PRESETS,
     Manifest,
+    Refused,
     containers,
     environment,
     manifests,
@@ -28,6 +30,7 @@ ROOT = CHART.parents[1]
 RENDERS: list[tuple[str | None, tuple[str, ...]]] = [
     *((preset, ()) for preset in (None, *PRESETS)),
     (None, EVERYTHING),
+    (None, PLANNER),
 ]
 every_render = pytest.mark.parametrize(("preset", "values"), RENDERS, ids=lambda value: str(value)[:20])
 
@@ -83,7 +86,7 @@ def test_pods_are_confined(preset: str | None, values: tuple[str, ...]) -> None:
     for one, pod in pods(manifests(preset, values)):
         spec = pod["spec"]
         assert spec["enableServiceLinks"] is False, f"{one}: Services named baton- would become settings"
-        assert spec["automountServiceAccountToken"] is False, one
+        assert spec["automountServiceAccountToken"] is (one.name == "trial-baton-planner"), one
         assert spec["securityContext"]["runAsNonRoot"] is True, one
         for container in containers(pod):
             security = container["securityContext"]
@@ -200,9 +203,34 @@ def test_who_is_scaled_by_something_else_has_no_replicas() -> None:
         assert "replicas" not in only(found, "Deployment", name).body["spec"]
 
 
-def test_nothing_may_ask_the_kubernetes_api() -> None:
+def test_without_a_planner_nothing_may_ask_the_kubernetes_api() -> None:
     kinds = {one.kind for one in manifests(None, EVERYTHING)}
     assert not {kind for kind in kinds if "Role" in kind}
+
+
+def test_the_planner_may_scale_the_workers_of_its_release_and_little_else() -> None:
+    found = manifests(None, PLANNER)
+    (binding,) = (one.body for one in found if one.kind == "RoleBinding")
+    assert [subject["name"] for subject in binding["subjects"]] == ["trial-baton-planner"]
+    assert {one.kind for one in found if "ClusterRole" in one.kind} == set()
+    rules = only(found, "Role", binding["roleRef"]["name"]).body["rules"]
+    assert {(*rule["resources"], *rule.get("resourceNames", [])): rule["verbs"] for rule in rules} == {
+        ("deployments/scale", "trial-baton-prefill", "trial-baton-decode"): ["get", "patch"],
+        ("leases", "trial-baton-planner"): ["get", "update"],
+        ("events",): ["create"],
+    }
+    pod = only(found, "Deployment", "trial-baton-planner").pod
+    assert pod is not None
+    assert pod["spec"]["serviceAccountName"] == "trial-baton-planner"
+    names = {one.name for one in found if one.kind == "Deployment"}
+    variables = environment(pod["spec"]["containers"][0])
+    assert {variables["BATON_PREFILL_WORKLOAD"], variables["BATON_DECODE_WORKLOAD"]} <= names
+    assert (variables["BATON_GPUS_PER_PREFILL"], variables["BATON_GPUS_PER_DECODE"]) == ("2", "1")
+
+
+def test_a_planner_beside_an_autoscaler_of_the_workers_is_refused() -> None:
+    with pytest.raises(Refused, match=r"decode\.hpa"):
+        manifests(None, ("planner.enabled=true", "decode.hpa.enabled=true"))
 
 
 def test_long_release_names_stay_within_what_a_label_may_have() -> None:

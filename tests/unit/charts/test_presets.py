@@ -11,11 +11,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.unit.charts.rendering import CHART, EVERYTHING, HELM, PRESETS, Manifest, manifests
+from tests.unit.charts.rendering import CHART, EVERYTHING, HELM, PLANNER, PRESETS, Manifest, manifests
 
 VERSIONS = ("1.28", "1.32", "1.36")
 #: Kinds that operators bring, for which Kubernetes itself has no schema.
-OPERATORS = {"ServiceMonitor", "HTTPRoute", "GRPCRoute", "ScaledObject"}
+OPERATORS = {"Certificate", "ServiceMonitor", "HTTPRoute", "GRPCRoute", "ScaledObject"}
 
 
 @cache
@@ -43,8 +43,9 @@ def test_a_preset_is_valid(preset: str | None, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_everything_at_once_is_valid(version: str) -> None:
-    assert complaints(manifests(None, EVERYTHING), version) == []
+@pytest.mark.parametrize("values", [EVERYTHING, PLANNER])
+def test_everything_at_once_is_valid(values: tuple[str, ...], version: str) -> None:
+    assert complaints(manifests(None, values), version) == []
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
@@ -69,6 +70,10 @@ def test_a_preset_says_its_ratio_and_why(preset: str) -> None:
 
 #: What a value must come with, where switching it alone is refused.
 COMPANIONS = {
+    **{
+        f"{path}.certManager.enabled": (f"{path}.certManager.issuerRef.name=ca",)
+        for path in ("tls", "internalTls")
+    },
     "ingress.enabled": ("ingress.hosts[0].host=llm.example.com",),
     "gateway.httpRoute.enabled": ("gateway.httpRoute.parentRefs[0].name=gate",),
     "gateway.grpcRoute.enabled": ("gateway.grpcRoute.parentRefs[0].name=gate",),

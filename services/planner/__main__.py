@@ -1,0 +1,84 @@
+"""The planner process: `python -m services.planner`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import click
+from kubernetes.aio.client import ApiClient
+from kubernetes.aio.config import load_incluster_config
+
+from baton.cli.options import settings_options
+from baton.config import PROCESS_SECTIONS, PlannerSettings, Settings
+from baton.logs import configure
+from baton.routing import Role
+from baton.rpc.channels import use_internal_tls
+from baton.rpc.registry_watch import RegistryWatch
+from services.planner.demand import Routers
+from services.planner.leader import Alone, Leadership, LeaseLeadership
+from services.planner.metrics import Metrics
+from services.planner.planner import Planner, Reach
+from services.planner.workloads import Deployments, NoWorkloads, Workloads
+
+log = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    chosen = settings.planner
+    metrics = Metrics()
+    port = metrics.serve(chosen.planner_host, settings.observability.metrics_port)
+    registry = RegistryWatch(settings.kvstore.kvstore, ttl_s=settings.kvstore.worker_ttl_s)
+    async with aiohttp.ClientSession() as session, _cluster(chosen) as (workloads, leadership):
+        reach = Reach(registry, Routers(chosen.router_metrics, session), workloads, leadership)
+        log.info("planning%s: metrics on port %d", ", dry run" if chosen.dry_run else "", port)
+        async with asyncio.TaskGroup() as tasks:
+            helpers = [
+                tasks.create_task(registry.run()),
+                tasks.create_task(leadership.run()),
+                tasks.create_task(Planner(chosen, reach, metrics).run()),
+            ]
+            await stop.wait()
+            for helper in helpers:
+                helper.cancel()
+
+
+@asynccontextmanager
+async def _cluster(settings: PlannerSettings) -> AsyncIterator[tuple[Workloads, Leadership]]:
+    """What can be scaled, and who may: on Kubernetes, where the settings name its objects."""
+    names = {Role.PREFILL: settings.prefill_workload, Role.DECODE: settings.decode_workload}
+    names = {role: name for role, name in names.items() if name}
+    if not names:
+        yield NoWorkloads(), Alone()
+        return
+    identity = socket.gethostname() + f"-{os.getpid()}"
+    load_incluster_config()  # type: ignore[no-untyped-call]
+    async with ApiClient() as client:
+        leadership: Leadership = Alone()
+        if settings.lease:
+            leadership = LeaseLeadership(client, settings.namespace, settings.lease, identity)
+        yield Deployments(client, settings.namespace, names, identity), leadership
+
+
+@click.command()
+@settings_options(*PROCESS_SECTIONS["planner"])
+def main(settings: Settings) -> None:
+    """Keep the number of workers and their roles right."""
+    configure("planner", settings.observability.log_level)
+    use_internal_tls(settings.internal_tls)
+    asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

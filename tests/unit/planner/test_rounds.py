@@ -1,0 +1,233 @@
+"""Does the planner see what routers and workers say, and do what it decides, to the right ones?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+from aiohttp import web
+
+from baton.config import PlannerSettings
+from baton.planning.demand import Arrived, Ended
+from baton.routing import Curve, Role, WorkerView
+from baton.rpc.registry_watch import Peer
+from baton.rpc.v1 import kvstore_pb2, worker_pb2, worker_pb2_grpc
+from services.planner.demand import Routers, Tally, read_page
+from services.planner.leader import Alone
+from services.planner.metrics import Metrics
+from services.planner.planner import Planner, Reach
+from services.planner.workloads import Deployments
+from tests.unit.planner.api_server import SPACE, ApiServer
+
+PAGE = """\
+# TYPE baton_router_arrived_choices_total counter
+baton_router_arrived_choices_total {arrived}
+# TYPE baton_router_arrived_prompt_tokens_total counter
+baton_router_arrived_prompt_tokens_total {tokens}
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{{model_name="m"}} 3
+# TYPE vllm:request_generation_tokens histogram
+vllm:request_generation_tokens_bucket{{model_name="m",le="+Inf"}} {ended}
+vllm:request_generation_tokens_sum{{model_name="m"}} {outputs}
+vllm:request_generation_tokens_count{{model_name="m"}} {ended}
+"""
+
+
+def page(arrived: int, tokens: int = 0, ended: int = 0, outputs: int = 0) -> dict[str, float]:
+    return dict(read_page(PAGE.format(arrived=arrived, tokens=tokens, ended=ended, outputs=outputs)))
+
+
+class TestTally:
+    def test_counters_become_what_happened_in_between(self) -> None:
+        tally = Tally()
+        assert tally.take({"a": page(100, 5000)}).arrived == Arrived()
+        found = tally.take({"a": page(130, 8000, outputs=500)})
+        assert found.arrived == Arrived(30, 3000)
+        assert found.ended == Ended(output_tokens=500)
+        assert found.waiting == 3
+
+    def test_routers_add_up_and_one_that_is_new_or_back_counts_from_its_start(self) -> None:
+        tally = Tally()
+        tally.take({"a": page(100), "b": page(50)})
+        assert tally.take({"a": page(110), "b": page(7), "c": page(1000)}).arrived.requests == 10 + 7
+        assert tally.take({"a": page(120), "b": page(7), "c": page(1001)}).arrived.requests == 11
+
+    def test_a_round_without_answers_loses_nothing(self) -> None:
+        tally = Tally()
+        tally.take({"a": page(100)})
+        assert tally.take({}).routers == 0
+        assert tally.take({"a": page(150)}).arrived.requests == 50
+
+
+@dataclass
+class Worker(worker_pb2_grpc.WorkerAdminServicer):
+    """A worker as far as the planner goes: it can be given another role."""
+
+    name: str
+    role: Role
+    address: str = ""
+    told: list[int] = field(default_factory=list)
+
+    async def SetRole(self, request: Any, context: Any) -> worker_pb2.SetRoleResponse:
+        self.told.append(request.role)
+        self.role = Role.PREFILL if request.role == worker_pb2.ROLE_PREFILL else Role.DECODE
+        return worker_pb2.SetRoleResponse()
+
+    def peer(self) -> Peer:
+        view = WorkerView(
+            *(self.name, "1", self.address, self.role),
+            total_blocks=1000,
+            free_blocks=1000,
+            prefill_curve=Curve(((1000, 0.2),)),
+            decode_curve=Curve(((1, 0.02), (32, 0.03))),
+        )
+        layout = worker_pb2.KvLayout(block_size=16)
+        return Peer(kvstore_pb2.Worker(worker_id=self.name, layout=layout), worker_pb2.WorkerLoad(), view)
+
+
+class Registry:
+    """What `RegistryWatch` shows of `workers`."""
+
+    connected = True
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self._workers = workers
+
+    @property
+    def peers(self) -> dict[str, Peer]:
+        return {worker.name: worker.peer() for worker in self._workers}
+
+    def views(self) -> list[WorkerView]:
+        return [peer.view for peer in self.peers.values()]
+
+    async def ready(self) -> None:
+        return None
+
+
+class Standby(Alone):
+    leading = False
+
+
+@asynccontextmanager
+async def router(per_look: int, prompt_tokens: int) -> AsyncIterator[str]:
+    """A router's metrics: so many more arrived each time that somebody looks."""
+    looks = 0
+
+    async def answer(_: web.Request) -> web.Response:
+        nonlocal looks
+        looks += 1
+        arrived = looks * per_look
+        return web.Response(
+            text=PAGE.format(arrived=arrived, tokens=arrived * prompt_tokens, ended=0, outputs=0)
+        )
+
+    app = web.Application()
+    app.router.add_get("/metrics", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def planning(
+    roles: str, server: ApiServer, per_look: int, *, leads: bool = True, **settings: Any
+) -> AsyncIterator[list[Worker]]:
+    """A planner at work on workers of `roles` ("ppd": two prefill, one decode) on a cluster that asks
+    `per_look` prompts of 1000 tokens each round of 50 ms."""
+    names = {Role.PREFILL: "llm-prefill", Role.DECODE: "llm-decode"}
+    workers = [
+        Worker(f"{names[role]}-f00-{number:05}", role)
+        for number, letter in enumerate(roles)
+        for role in [Role.PREFILL if letter == "p" else Role.DECODE]
+    ]
+    async with AsyncExitStack() as stack:
+        for worker in workers:
+            admin = grpc.aio.server()
+            worker_pb2_grpc.add_WorkerAdminServicer_to_server(worker, admin)
+            worker.address = f"127.0.0.1:{admin.add_insecure_port('127.0.0.1:0')}"
+            await admin.start()
+            stack.push_async_callback(admin.stop, None)
+        address = await stack.enter_async_context(router(per_look, 1000))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        client = await stack.enter_async_context(server.client())
+        reach = Reach(
+            Registry(workers),  # type: ignore[arg-type]
+            Routers(address, session),
+            Deployments(client, SPACE, names, "me"),
+            Alone() if leads else Standby(),
+        )
+        chosen = PlannerSettings(plan_interval_s=0.05, grow_after_s=0.2, **settings)
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        running = tasks.create_task(Planner(chosen, reach, Metrics()).run())
+        try:
+            yield workers
+        finally:
+            running.cancel()
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_burst_of_prompts_makes_a_decode_worker_prefill_and_an_event_says_why() -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=3)
+    async with planning("pddd", server, 5, budget_gpus=4) as workers:
+        await until(lambda: server.events)
+        assert workers[0].told == []
+        assert any(worker.told == [worker_pb2.ROLE_PREFILL] for worker in workers[1:])
+    assert server.events[0]["reason"] == "RoleFlipped"
+    assert "prefill" in server.events[0]["message"]
+    assert server.replicas == {"llm-prefill": 1, "llm-decode": 3}
+
+
+async def test_what_flips_cannot_mend_raises_replicas_to_the_budget_and_not_beyond() -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=1)
+    async with planning("pd", server, 50, budget_gpus=4):
+        await until(lambda: any(event["reason"] == "WorkersAdded" for event in server.events))
+        rounds = len(server.log)
+        await until(lambda: len(server.log) > rounds + 20)
+    assert server.replicas == {"llm-prefill": 3, "llm-decode": 1}
+
+
+async def test_a_dry_run_says_once_what_it_would_do_and_does_nothing() -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=3)
+    async with planning("pddd", server, 5, budget_gpus=4, dry_run=True) as workers:
+        await until(lambda: server.events)
+        rounds = len(server.log)
+        await until(lambda: len(server.log) > rounds + 20)
+        assert not any(worker.told for worker in workers)
+    assert [event["message"][:10] for event in server.events] == ["would flip"]
+    assert not [one for one in server.log if one[0] == "PATCH"]
+
+
+async def test_a_planner_that_does_not_lead_does_nothing() -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=3)
+    async with planning("pddd", server, 50, leads=False, budget_gpus=8) as workers:
+        await until(lambda: len(server.log) > 30)
+        assert not any(worker.told for worker in workers)
+    assert not server.events
+    assert {method for method, _ in server.log} == {"GET"}
+
+
+@pytest.mark.parametrize("status", [403, 500])
+async def test_an_api_server_that_refuses_is_asked_again(status: int) -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=3)
+    server.refuse = status
+    async with planning("pddd", server, 5, budget_gpus=4) as workers:
+        await until(lambda: len(server.log) > 6)
+        assert not any(worker.told for worker in workers)
+        server.refuse = 0
+        await until(lambda: server.events)
+        assert any(worker.told for worker in workers)
