@@ -180,7 +180,7 @@ class HttpServer(uvicorn.Server):
 
 
 def listen(host: str, port: int, *, flag: str, share: bool = False) -> socket.socket:
-    """A listening TCP socket; port 0 takes any free one.
+    """A TCP socket that listens as soon as it is served; port 0 takes any free one.
 
     Args:
         flag: the flag that chose the port, such as `--port`, for the message.
@@ -191,7 +191,14 @@ def listen(host: str, port: int, *, flag: str, share: bool = False) -> socket.so
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=share)
+        if not share:
+            return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        # One that listened already would be given connections that nobody takes yet.
+        shared = socket.socket(family, socket.SOCK_STREAM)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        shared.bind((host, port))
+        return shared
     except OSError as error:
         raise BadSetting(
             f"cannot listen on {host}:{port} ({flag}): {error.strerror or error}; choose another {flag}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from contextlib import suppress
 
 from baton.config import Settings
 from baton.routing import Policy, Unplaceable, create_policy
@@ -118,18 +119,18 @@ class Router:
                     InferenceService(self.frontend, self._access),
                     "baton.v1.Inference",
                 )
-                self.grpc_port = server.bind(host, self._settings.grpc_port, flag="--grpc-port")
-                await server.start()
                 async with asyncio.TaskGroup() as tasks:
                     followers = [
                         tasks.create_task(self._cluster.run()),
                         tasks.create_task(self.sessions.run()),
-                        tasks.create_task(self._follow_readiness(server)),
                     ]
-                    serving = [
-                        tasks.create_task(http.serve(sockets=[listener])),
-                        tasks.create_task(own_http.serve(sockets=[own_listener])),
-                    ]
+                    serving = [tasks.create_task(own_http.serve(sockets=[own_listener]))]
+                    if share:  # else it would take connections from routers that know the workers already
+                        await self._until_ready(stop)
+                    self.grpc_port = server.bind(host, self._settings.grpc_port, flag="--grpc-port")
+                    await server.start()
+                    serving.append(tasks.create_task(http.serve(sockets=[listener])))
+                    followers.append(tasks.create_task(self._follow_readiness(server)))
                     log.info(
                         "serving %s: %s on %s:%d, gRPC on port %d, metrics on %s:%d",
                         *(self.model.name, "HTTP" if tls is None else "HTTPS", host, self.http_port),
@@ -147,21 +148,32 @@ class Router:
                     for follower in followers:
                         follower.cancel()
 
+    async def _until_ready(self, stop: asyncio.Event) -> None:
+        """Wait until a request could be placed, or the router is to stop."""
+        while self._unready() and not stop.is_set():
+            await self._readiness_may_change()
+
     async def _follow_readiness(self, server: Server) -> None:
         """Keep gRPC health in step with whether a request could be placed."""
         was_ready: bool | None = None
         while True:
-            try:
-                self._placer.check_ready()
-                ready, reason = True, ""
-            except Unplaceable as error:
-                ready, reason = False, error.message
+            reason = self._unready()
+            ready = not reason
             if ready != was_ready:
                 log.info("ready" if ready else f"not ready: {reason}")
                 await server.set_serving(ready)
                 was_ready = ready
-            try:
-                async with asyncio.timeout(_READINESS_CHECK_S):
-                    await self._changes.wait()
-            except TimeoutError:
-                continue
+            await self._readiness_may_change()
+
+    async def _readiness_may_change(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_READINESS_CHECK_S):
+                await self._changes.wait()
+
+    def _unready(self) -> str:
+        """Why no request could be placed now; empty when one could."""
+        try:
+            self._placer.check_ready()
+        except Unplaceable as error:
+            return error.message
+        return ""

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -45,6 +45,17 @@ def stopped(pids: list[int]) -> Iterator[None]:
 def complete(router: str, prompt: list[int]) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     return httpx.post(f"{router}/v1/completions", json=body, timeout=60)
+
+
+def until_unready(router: str) -> None:
+    """Wait until a router that has just started says that it cannot place anything."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{router}/ready", timeout=10).status_code == 503:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def seen_by(router: str) -> dict[str, tuple[int, int]]:
@@ -85,3 +96,14 @@ def test_a_burst_through_both_spreads_and_each_counts_what_the_other_promised(pa
             assert max(waiting) < BURST, "not all went to the one that has the prefix"
             assert sum(tokens for _, tokens in seen.values()) >= BURST * OWN_TOKENS
         assert [answer.result().status_code for answer in answers] == [200] * BURST
+
+
+def test_a_router_that_knows_no_worker_yet_leaves_requests_to_the_other(pair: Cluster) -> None:
+    pids = pair.pids()
+    killed = next(name for name in pids if name.startswith("router"))
+    own = f"http://127.0.0.1:{killed.split()[1]}"
+    with stopped([pids["kvstore"]]):
+        os.kill(pids[killed], signal.SIGKILL)
+        until_unready(own)
+        answers = [complete(pair.base_url, [number] * 20) for number in range(100, 116)]
+        assert [answer.status_code for answer in answers] == [200] * 16

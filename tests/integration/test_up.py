@@ -118,7 +118,9 @@ def test_several_routers_are_one_front_and_each_can_be_asked(start_cluster: Star
         status, said = refused("--port", port, "--routers", "2")
         assert (status, f"port {port} on 127.0.0.1 is in use" in said) == (1, True), said
 
-        os.kill(next(iter(pids.values())), signal.SIGKILL)
+        killed = psutil.Process(next(iter(pids.values())))
+        killed.kill()
+        killed.wait(60)  # until then the kernel may give it connections
         assert_answers(cluster)
         until(lambda: "is ready again" in cluster.stderr, "the router is back")
         assert_answers(cluster)
