@@ -4,7 +4,8 @@
 
 `baton profile` measures the steps of a model on this machine; `baton up` runs a cluster of the same model
 here; `baton bench` puts a load on it, open loop; and the same requests go through `baton.sim` with that
-profile. Nothing is fitted to the cluster's run: beside the profile the simulator gets what a message
+profile. The profile is the mean of one before the load and one after it, because machines with other work
+change. Nothing is fitted to the cluster's run: beside the profile the simulator gets what a message
 between two processes takes and what the router takes per request (`--message-s`, `--router-s`), and the speed
 of reads that `benchmarks/transfer.py` measures.
 
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import msgspec
 from rich.console import Console
 
 from baton import __version__
@@ -38,10 +40,12 @@ from baton.bench.result import Result, Run, load, run_of
 from baton.bench.summary import Latency, Summary
 from baton.bench.table import table
 from baton.config import EngineSettings
+from baton.profile import DecodePoint, PrefillPoint, Profile
 from baton.routing import Role
 from baton.sim.cluster import SimCluster, WorkerSpec
-from baton.sim.profiles import speed_of
+from baton.sim.profiles import measured
 from baton.sim.simulator import simulate
+from baton.sim.speed import Speed
 from baton.sim.workload import from_trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +56,10 @@ KV_BYTES_PER_TOKEN = 6 * 2 * 4 * 32 * 4  # layers, keys and values, heads, their
 READ_BYTES_PER_S = 5e9
 BATCH_TOKENS = 512
 KV_BYTES = 1 << 30
+WORKER = (
+    *("--model", str(MODEL), "--max-model-len", "1024", "--threads", "1"),
+    *("--max-batch-tokens", str(BATCH_TOKENS), "--kv-bytes", str(KV_BYTES)),
+)
 READY_S = 120.0
 SEED = 11
 
@@ -78,10 +86,12 @@ def main() -> None:
     console = Console(width=100)
     figures, runs = [], []
     with tempfile.TemporaryDirectory(prefix="baton-fidelity-") as folder:
+        before = profile(Path(folder))
         for name, shape in SHAPES.items():
             real = measure(shape, arguments.seconds / len(SHAPES), Path(folder))
-            profile(Path(folder) / "profile.json")
-            modelled = model(shape, arguments, Path(folder) / "profile.json")
+            after = profile(Path(folder))
+            modelled = model(shape, arguments, measured(mean(before, after)))
+            before = after
             pair = [_named(f"{name}: cluster", real), _named(f"{name}: simulated", modelled)]
             console.print(table(pair))
             runs += pair
@@ -98,10 +108,30 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def profile(out: Path) -> None:
+def profile(folder: Path) -> Profile:
     """What `baton profile` says of the model, with the threads that a worker has."""
-    sizes = ("--threads", "1", "--max-batch-tokens", str(BATCH_TOKENS), "--kv-bytes", str(KV_BYTES))
-    run(*BATON, "profile", "--model", str(MODEL), *sizes, "--out", str(out))
+    out = folder / "profile.json"
+    run(*BATON, "profile", *WORKER, "--out", str(out))
+    return msgspec.json.decode(out.read_bytes(), type=Profile)
+
+
+def mean(one: Profile, other: Profile) -> Profile:
+    """The steps that both have, each as long as the mean of the two."""
+    prompts = {point.tokens: point.seconds for point in other.prefill}
+    steps = {(step.batch, step.context): step.seconds for step in other.decode}
+    return msgspec.structs.replace(
+        one,
+        prefill=[
+            PrefillPoint(point.tokens, (point.seconds + prompts[point.tokens]) / 2)
+            for point in one.prefill
+            if point.tokens in prompts
+        ],
+        decode=[
+            DecodePoint(step.batch, step.context, (step.seconds + steps[step.batch, step.context]) / 2)
+            for step in one.decode
+            if (step.batch, step.context) in steps
+        ],
+    )
 
 
 def measure(shape: Shape, seconds: float, folder: Path) -> Run:
@@ -116,9 +146,8 @@ def measure(shape: Shape, seconds: float, folder: Path) -> Run:
     return load(out).runs[0]
 
 
-def model(shape: Shape, arguments: argparse.Namespace, steps: Path) -> Run:
+def model(shape: Shape, arguments: argparse.Namespace, speed: Speed) -> Run:
     """The same load in the simulator."""
-    speed = speed_of(str(steps))
     made = Synthetic(shape.input_tokens, shape.output_tokens, spread=shape.spread)
     # Drawn as `baton bench` draws them.
     rows = timed(made.rows(Random(SEED)), "poisson", shape.rate_per_s, Random(SEED + 1))
@@ -174,8 +203,7 @@ def cluster(roles: tuple[Role, ...], folder: Path) -> Iterator[str]:
     """A cluster on this machine; its URL."""
     counts = [arg for role in Role for arg in (f"--{role.value}", str(roles.count(role)))]
     log = folder / "up.log"
-    sizes = ["--threads", "1", "--max-batch-tokens", str(BATCH_TOKENS), "--kv-bytes", str(KV_BYTES)]
-    command = [*BATON, "up", "--model", str(MODEL), *sizes, "--port", "0", "--grpc-port", "0"]
+    command = [*BATON, "up", *WORKER, "--port", "0", "--grpc-port", "0"]
     with log.open("w") as output:
         process = subprocess.Popen([*command, *counts], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
     try:

@@ -46,29 +46,38 @@ def profile(settings: Settings, out: Path | None) -> None:
 
 
 def _measure(settings: Settings) -> Profile:
-    """Load the model as a worker does, and measure. Points that the KV pool cannot hold are left out."""
+    """Load the model as a worker does, and have a worker's engine run it. Points that the KV pool cannot hold
+    are left out."""
     # Here, not above: they load torch, which the base install does not have.
     import torch
 
-    from baton.engine.curves import measure_decode, measure_prefill
+    from baton.engine.engine import Engine, Stop
+    from baton.engine.profiling import Profiler, StepClock
     from baton.worker.host import DECODE_SIZES, PREFILL_SIZES, load
     from baton.worker.startup import Startup
 
     loaded = load(settings, Startup())
-    block_size = loaded.attention.cache.layout.block_size
-    pool, longest = loaded.scheduler.pool, loaded.model.config.max_model_len - 1
-    prompts = [size for size in PREFILL_SIZES if size < longest] + [longest]
-    prefill = measure_prefill(loaded.runner, pool, block_size, prompts, budget_s=_BUDGET_S)
-    sizes = [size for size in DECODE_SIZES if size <= settings.engine.max_batch_requests]
-    decode = [
-        DecodePoint(batch, context, seconds)
-        for context in CONTEXTS
-        if context < loaded.model.config.max_model_len
-        for batch, seconds in measure_decode(
-            loaded.runner, pool, block_size, sizes, context=context, budget_s=_BUDGET_S
-        ).items()
-    ]
+    config, block_size = loaded.model.config, loaded.attention.cache.layout.block_size
     on_gpu = settings.model.device == "cuda"
+    clock = StepClock()
+    engine = Engine(
+        loaded.scheduler, loaded.runner, clock, Stop(frozenset(), config.max_model_len), overlap=on_gpu
+    )
+    engine.start()
+    try:
+        profiler = Profiler(engine, clock, block_size, config.vocab_size)
+        longest = min(config.max_model_len - 1, loaded.scheduler.pool.total_blocks * block_size - 1)
+        prompts = [size for size in PREFILL_SIZES if size < longest] + [longest]
+        prefill = profiler.prefill(prompts, _BUDGET_S)
+        batches = [size for size in DECODE_SIZES if size <= settings.engine.max_batch_requests]
+        decode = [
+            DecodePoint(batch, context, seconds)
+            for context in CONTEXTS
+            if 2 * context < config.max_model_len
+            for batch, seconds in profiler.decode(batches, context, _BUDGET_S).items()
+        ]
+    finally:
+        engine.stop()
     return Profile(
         model=settings.model.served_model_name or Path(settings.model.model).name,
         device=torch.cuda.get_device_name(settings.model.gpu) if on_gpu else "cpu",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from baton.bench.records import RequestRecord
 from baton.config import PolicyName
+from baton.engine.scheduler import Scheduler
 from baton.routing import Role, WorkerView
 from baton.routing.admission import Limits as AdmissionLimits
 from baton.routing.nominees import EVERYBODY
@@ -18,7 +19,7 @@ class WorkerSpec:
     """One worker: what it does, how fast its steps are, and the limits of its scheduler.
 
     `kv_blocks` are of the cluster's `block_tokens`; `network_bytes_per_s` is what its network card carries
-    each way; `gpus` is what it costs, in devices.
+    each way; `gpus` is what it costs, in devices; `scheduler` chooses its steps.
     """
 
     role: Role
@@ -29,6 +30,7 @@ class WorkerSpec:
     max_waiting: int = 1024
     network_bytes_per_s: float = 12.5e9
     gpus: int = 1
+    scheduler: type[Scheduler] = Scheduler
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from baton.bench.records import Gaps
 from baton.engine.reservations import Reservations
-from baton.engine.scheduler import Limits, Scheduled, Scheduler
+from baton.engine.scheduler import Limits, Scheduled
 from baton.engine.sequence import State, Work
 from baton.kv.events import Event
 from baton.kv.pool import BlockPool
@@ -103,7 +103,7 @@ class SimWorker:
         self.alive = True
         self.pool = BlockPool(spec.kv_blocks)
         limits = Limits(spec.max_batch_tokens, spec.max_batch_requests, spec.max_waiting)
-        self.scheduler = Scheduler(self.pool, limits)
+        self.scheduler = spec.scheduler(self.pool, limits)
         self.reservations = Reservations(self.scheduler)
         self.card = Card(spec.network_bytes_per_s)
         self.messages = count(1)

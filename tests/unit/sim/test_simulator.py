@@ -26,8 +26,10 @@ from baton.sim.cluster import (
     WorkerSpec,
 )
 from baton.sim.network import Card, Network
+from baton.sim.peers import PrefillFirst
 from baton.sim.profiles import speed_of
-from baton.sim.simulator import SimReport, simulate
+from baton.sim.report import SimReport
+from baton.sim.simulator import simulate
 from baton.sim.speed import Chunk, LinearSpeed, TableSpeed
 from baton.sim.workload import from_trace
 
@@ -42,6 +44,7 @@ def spec(role: Role, **changes: int) -> WorkerSpec:
 
 SPLIT = (spec(Role.PREFILL), spec(Role.PREFILL), spec(Role.DECODE), spec(Role.DECODE))
 ALIKE = (spec(Role.HYBRID),) * 3
+PROMPTS_FIRST = tuple(replace(worker, scheduler=PrefillFirst) for worker in ALIKE)
 
 
 def chained(blocks: Sequence[int]) -> tuple[int, ...]:
@@ -65,7 +68,7 @@ ROWS = st.lists(
 )
 CLUSTERS = st.builds(
     SimCluster,
-    workers=st.sampled_from([SPLIT, ALIKE, SPLIT + ALIKE]),
+    workers=st.sampled_from([SPLIT, ALIKE, SPLIT + ALIKE, PROMPTS_FIRST]),
     block_tokens=st.just(BLOCK),
     kv_bytes_per_token=st.sampled_from([1000, 1_000_000]),
     policy=st.sampled_from(["prefix", "least-loaded", "random"]),
