@@ -10,11 +10,12 @@ still be starting, which takes longer than to notice that one has died."""
 
 
 class Attempts:
-    """The placements of one request, of which there may be `most`."""
+    """The placements of one request, of which `most` in a row may end without having brought a token."""
 
     def __init__(self, most: int) -> None:
+        self._most = most
         self.left = most
-        """Placements that there may still be."""
+        """Placements that there may still be if none brings anything."""
         self._failed = NOBODY
 
     @property
@@ -28,8 +29,9 @@ class Attempts:
         """Seconds for which it may wait to be placeable: a first placement is made now or never."""
         return REPLACEMENT_WAIT_S if self._failed else 0.0
 
-    def failed(self, worker_id: str) -> bool:
-        """Count a placement that ended early through a worker; whether there may be another."""
+    def failed(self, worker_id: str, tokens: int) -> bool:
+        """Count a placement that brought so many tokens and ended early through a worker; whether there may
+        be another."""
         self._failed |= {worker_id}
-        self.left -= 1
+        self.left = (self._most if tokens else self.left) - 1
         return self.left > 0

@@ -26,8 +26,8 @@ class Job:
     """A request from its arrival to its end, across placements.
 
     `attempt` counts placements, those that found no worker too: what was set going for an earlier one is
-    ignored. Times are the client's.
-    `gaps` are between its tokens, as (seconds, how often).
+    ignored. There were `placed_output` tokens at its last placement. Times are the client's, `gaps` those
+    between its tokens, as (seconds, how often).
     """
 
     number: int
@@ -37,6 +37,7 @@ class Job:
     attempt: int = 0
     placement: Placement | None = None
     output: int = 0
+    placed_output: int = 0
     first_s: float = nan
     last_s: float = nan
     cached_tokens: int = 0

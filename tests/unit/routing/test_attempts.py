@@ -12,12 +12,12 @@ def test_a_first_placement_avoids_nobody_and_does_not_wait() -> None:
 
 def test_a_replacement_waits_and_keeps_away_from_all_that_failed_as_long_as_it_can() -> None:
     attempts = Attempts(4)
-    assert attempts.failed("a")
-    assert attempts.failed("b")
+    assert attempts.failed("a", 0)
+    assert attempts.failed("b", 0)
     assert attempts.avoiding == (frozenset({"a", "b"}), NOBODY)
     assert attempts.wait_s > 0
 
 
-def test_there_are_as_many_placements_as_were_allowed() -> None:
+def test_as_many_in_a_row_may_bring_nothing_as_were_allowed() -> None:
     attempts = Attempts(3)
-    assert [attempts.failed("a"), attempts.failed("a"), attempts.failed("a")] == [True, True, False]
+    assert [attempts.failed("a", tokens) for tokens in (0, 0, 5, 0, 0)] == [True, True, True, True, False]
