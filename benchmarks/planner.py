@@ -296,9 +296,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer requests, a shorter day")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.requests = min(arguments.requests, 250)
-        arguments.hour_s = min(arguments.hour_s, 10.0)
-        arguments.start_s = min(arguments.start_s, 10.0)
+        arguments.requests = min(arguments.requests, 150)
+        arguments.hour_s = min(arguments.hour_s, 5.0)
+        arguments.start_s = min(arguments.start_s, 5.0)
     return arguments
 
 

@@ -3,6 +3,7 @@
 | variable | what |
 |---|---|
 | K8S_ROUTER_IMAGE, K8S_KVSTORE_IMAGE, K8S_WORKER_IMAGE | images as name:tag [baton-router:VERSION, ...] |
+| K8S_PLANNER_IMAGE | likewise |
 | K8S_NAMESPACE | a namespace that does not exist yet [baton-test-...] |
 | K8S_VALUES | another values file, for pull secrets or node selectors |
 """

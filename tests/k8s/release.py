@@ -24,13 +24,14 @@ BIN = Path(sys.executable).parent
 IMAGES = {
     "router": os.environ.get("K8S_ROUTER_IMAGE", f"baton-router:{VERSION}"),
     "kvstore": os.environ.get("K8S_KVSTORE_IMAGE", f"baton-kvstore:{VERSION}"),
+    "planner": os.environ.get("K8S_PLANNER_IMAGE", f"baton-planner:{VERSION}"),
     "prefill": os.environ.get("K8S_WORKER_IMAGE", f"baton-worker-cpu:{VERSION}"),
     "decode": os.environ.get("K8S_WORKER_IMAGE", f"baton-worker-cpu:{VERSION}"),
 }
 MORE_VALUES = os.environ.get("K8S_VALUES", "")
 COMPONENTS = tuple(IMAGES)
 #: Kinds that a release may make; Events and what controllers derive from these go with them.
-KINDS = "all,configmap,secret,serviceaccount,pvc,pdb,networkpolicy,ingress,hpa,role,rolebinding"
+KINDS = "all,configmap,secret,serviceaccount,pvc,pdb,networkpolicy,ingress,hpa,role,rolebinding,lease"
 
 START_S = 300
 
