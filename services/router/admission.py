@@ -70,7 +70,7 @@ class Door:
         for ticket, waiter in waiters.items():
             self._queue.leave(ticket)
             if not waiter.done():
-                waiter.set_exception(_stopping())
+                waiter.set_exception(shutting_down())
 
     @asynccontextmanager
     async def admitted(
@@ -87,7 +87,7 @@ class Door:
             Unavailable: the router is stopping.
         """
         if self._closed:
-            raise _stopping()
+            raise shutting_down()
         if places > self._places:
             raise InvalidRequest(
                 f"n: {places} choices in one request, this router takes at most {self._places}", field="n"
@@ -186,5 +186,6 @@ def reason_of(error: BatonError) -> str:
     return error.reason if isinstance(error, NotAdmitted) else error.openai_type
 
 
-def _stopping() -> Unavailable:
+def shutting_down() -> Unavailable:
+    """What a router answers that is stopping."""
     return Unavailable("the router is shutting down; send the request again")

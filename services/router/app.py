@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -10,7 +11,7 @@ from baton.errors import BatonError, Unavailable
 from baton.openai.answer import DONE, error_shape, event
 from baton.openai.openapi import document
 from baton.security.access import Access
-from services.router.admission import reason_of
+from services.router.admission import reason_of, shutting_down
 from services.router.explain import RouteExplainer
 from services.router.frontend import Frontend
 from services.router.http import ClientGone, Exchange, MethodNotAllowed, NotFound, Receive, Scope, Send
@@ -55,6 +56,11 @@ class App:
         except BatonError as error:
             self._frontend.metrics.rejected(reason_of(error))
             await _write_error(exchange, error)
+        except asyncio.CancelledError:
+            if not self._frontend.door.closed:
+                raise
+            # Stopping, and this has had its grace.
+            await _write_error(exchange, shutting_down())
         except Exception:
             log.exception("request %s failed", exchange.request_id)
             internal = BatonError(f"internal error; the router's log has it under {exchange.request_id}")

@@ -27,6 +27,7 @@ CHUNK = 64
 FLAGS = ("--max-batch-tokens", str(CHUNK), "--handoff-timeout-s", "3")
 # A vanished peer is found by keepalive: a ping after 10 s, 5 s for its answer.
 KEEPALIVE_S = 15.0
+WORKER_TTL_S = 5.0
 
 EVERY_STEP: tuple[Moment, ...] = (
     ("begin", 1),
@@ -299,3 +300,32 @@ async def test_a_decode_worker_cut_off_loses_its_lease_within_the_keepalive_boun
     assert asking.result().tokens == expected[: len(asking.result().tokens)]
     await at_rest(fired_at, "prefill-0", "decode-0")
     await answers_rightly(fired_at, prompt, expected)
+
+
+async def test_a_kvstore_cut_off_for_longer_than_workers_may_be_silent_costs_no_request(
+    fired_at: Cluster,
+) -> None:
+    """It thinks that all workers have gone, and says so when its network is back; they join again at once."""
+    pids = fired_at.pids()
+    others = [pid for name, pid in pids.items() if name != "kvstore"]
+    cutting = asyncio.create_task(
+        cut(pids["kvstore"], WORKER_TTL_S + 3.0, lambda: others, deaf=True, mute=True)
+    )
+    body = {"prompt": prompt_of(80)[:50], "max_tokens": 2, "temperature": 0}
+    answered: list[int] = []
+    async with httpx.AsyncClient(base_url=fired_at.base_url, timeout=60) as client:
+
+        async def keep_asking() -> None:
+            while not (cutting.done() and joined_again(fired_at)):
+                answered.append((await client.post("/v1/completions", json=body)).status_code)
+
+        async with asyncio.timeout(60):
+            await keep_asking()
+    await cutting
+    assert set(answered) == {200}
+
+
+def joined_again(cluster: Cluster) -> bool:
+    """Whether the kvstore knows both workers after it had given them up."""
+    said = cluster.logs()["kvstore"].rpartition("is gone")[2]
+    return all(f"worker {worker_id} joined" in said for worker_id in ("prefill-0", "decode-0"))
