@@ -70,6 +70,7 @@ def _print(console: Console, report: Report, seed: int) -> None:
         ("tokens checked", str(tally.tokens)),
         ("refused (429) and asked again", str(tally.refused)),
         ("ended with their router and asked again", str(tally.ended_by_router)),
+        ("blamed for two deaths and asked again", str(tally.blamed)),
         ("crashes that were no fault of ours", str(len(report.crashes))),
         ("wrong", str(len(tally.wrong))),
         ("lost", str(len(tally.lost))),

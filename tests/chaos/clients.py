@@ -22,9 +22,11 @@ _PATIENCE_S = 120.0
 _AGAIN_S = 0.5
 _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
 
+_OF_STOPPING = "shutting down"
+_OF_BLAME = "it is not tried again"
 _OF_CONNECTIONS = re.compile(
     "[Ss]ocket closed|[Cc]onnection reset|failed to connect|GOAWAY|Broken pipe|recvmsg|ping timeout|"
-    "Stream removed|shutting down|^CANCELLED|Endpoint closing|End of TCP stream"
+    f"Stream removed|{_OF_STOPPING}|^CANCELLED|Endpoint closing|End of TCP stream|Cancelling all calls"
 )
 
 
@@ -36,8 +38,16 @@ class _Broken(Exception):
     """The connection ended before the answer did."""
 
 
+class _Blamed(Exception):
+    """Two workers in a row died with the request on them: the router takes it for the cause."""
+
+
 class _Failed(Exception):
     """The router answered an error."""
+
+
+def _failed(said: str) -> Exception:
+    return _Blamed(said) if _OF_BLAME in said else _Failed(said)
 
 
 @dataclass
@@ -85,6 +95,7 @@ class Tally:
     tokens: int = 0
     refused: int = 0
     ended_by_router: int = 0
+    blamed: int = 0
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     ways: Counter[str] = field(default_factory=Counter)
@@ -162,6 +173,9 @@ class Client:
             tally.ended_by_router += 1
             await asyncio.sleep(0.1)
             return False
+        except _Blamed:
+            tally.blamed += 1
+            return False
         tally.answered += 1
         self._compare(question, answer == expected, answer, expected)
         return True
@@ -184,7 +198,7 @@ class Client:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 raise _Refused(said) from error
             # What the router says of workers comes with the same code as what gRPC says of connections.
-            ended = _Broken(said) if _OF_CONNECTIONS.search(said) else _Failed(said)
+            ended = _Broken(said) if _OF_CONNECTIONS.search(said) else _failed(said)
             raise ended from error
 
     async def _ask_http(self, question: Question, answer: Answer) -> None:
@@ -194,7 +208,7 @@ class Client:
                 said = f"{response.status_code}: {(await response.aread()).decode()}"
                 if response.status_code == 429:
                     raise _Refused(said)
-                raise _Broken(said) if "shutting down" in said else _Failed(said)
+                raise _Broken(said) if _OF_STOPPING in said else _failed(said)
             self._tally.ways[response.headers["x-baton-prefill"]] += 1
             if not question.stream:
                 _add(json.loads(await response.aread()), answer)
@@ -207,7 +221,7 @@ class Client:
                 content = json.loads(event)
                 if "error" in content:
                     said = str(content["error"])
-                    raise _Broken(said) if "shutting down" in said else _Failed(said)
+                    raise _Broken(said) if _OF_STOPPING in said else _failed(said)
                 _add(content, answer)
             if not done:
                 raise _Broken("the stream ended before [DONE]")
