@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 """How long all fuzz tests together go on; 0: one round of each."""
 
-_EXAMPLES = 150
+_EXAMPLES = 60
 targets: list[str] = []
 """Every test that shares `SECONDS`."""
 

@@ -6,12 +6,13 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
+from functools import cache
 
 import httpx
 import pytest
 import schemathesis
 from hypothesis import strategies as st
-from schemathesis import GenerationMode
+from schemathesis import BaseSchema, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -61,7 +62,7 @@ def router() -> Iterator[None]:
         _router.clear()
 
 
-@explore(examples=60, request=mutated(REQUESTS), stays=st.booleans())
+@explore(examples=40, request=mutated(REQUESTS), stays=st.booleans())
 def test_bytes_on_the_wire_never_cause_an_internal_error(request: bytes, stays: bool) -> None:
     """`stays`: the client waits for an answer; else it leaves at once."""
     answer = b""
@@ -75,10 +76,16 @@ def test_bytes_on_the_wire_never_cause_an_internal_error(request: bytes, stays: 
     assert httpx.get(f"{_router[0].base_url}/health", timeout=10).status_code == 200
 
 
-@explore(examples=50, data=st.data())
+@cache
+def document(base_url: str) -> BaseSchema:
+    """What is served says of itself."""
+    return schemathesis.openapi.from_dict(httpx.get(f"{base_url}/openapi.json", timeout=10).json())
+
+
+@explore(examples=25, data=st.data())
 def test_what_is_served_is_what_the_openapi_document_says(data: st.DataObject) -> None:
     base_url = _router[0].base_url
-    schema = schemathesis.openapi.from_dict(httpx.get(f"{base_url}/openapi.json", timeout=10).json())
+    schema = document(base_url)
     path, method = data.draw(st.sampled_from(OPERATIONS))
     mode = data.draw(st.sampled_from(GenerationMode))
     case = data.draw(schema[path][method].as_strategy(generation_mode=mode))

@@ -122,10 +122,14 @@ labels:
 {{- end }}
 {{- end }}
 
-{{/* How kubelet asks a gRPC server whether it is well: dict "root" $ "port" 50052. It has no certificate to show, so
-     with internal TLS it only sees whether the port is open. */}}
+{{/* How kubelet asks a gRPC server whether it is well: dict "root" $ "port" 50052 "path" "/ready". It has no
+     certificate to show, so with internal TLS it asks beside the metrics. */}}
 {{- define "baton.grpcProbe" -}}
-{{ ternary "tcpSocket" "grpc" (ne (include "baton.internalTlsSecretName" .root) "") }}: {port: {{ .port }}}
+{{- if include "baton.internalTlsSecretName" .root -}}
+httpGet: {path: {{ .path }}, port: metrics}
+{{- else -}}
+grpc: {port: {{ .port }}}
+{{- end }}
 {{- end }}
 
 {{- define "baton.modelSettings" -}}

@@ -87,16 +87,16 @@ spec:
             - {name: grpc, containerPort: 50053}
             - {name: metrics, containerPort: 9090}
           startupProbe:
-            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053) | nindent 12 }}
+            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053 "path" "/ready") | nindent 12 }}
             periodSeconds: 2
             timeoutSeconds: 2
             failureThreshold: {{ div $values.startupTimeoutSeconds 2 }}
           readinessProbe:
-            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053) | nindent 12 }}
+            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053 "path" "/ready") | nindent 12 }}
             periodSeconds: 5
             timeoutSeconds: 5
           livenessProbe:
-            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053) | nindent 12 }}
+            {{- include "baton.grpcProbe" (dict "root" $root "port" 50053 "path" "/live") | nindent 12 }}
             periodSeconds: 10
             timeoutSeconds: 10
             failureThreshold: 6
