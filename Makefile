@@ -100,10 +100,11 @@ $(STAMP): pyproject.toml constraints.txt
 	  -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Programs that tests run beside Python: Redis for the shared index, openssl for TLS to it, Node and curl for the examples.
+# Programs that tests run beside Python: Redis for the shared index, openssl for TLS to it, Node and curl for the
+# examples, Chromium for the page.
 test-tools:
 	@missing=; \
-	for tool in redis-server:redis-server node:nodejs npm:npm curl:curl openssl:openssl; do \
+	for tool in redis-server:redis-server node:nodejs npm:npm curl:curl openssl:openssl chromium:chromium; do \
 	  command -v "$${tool%%:*}" >/dev/null || missing="$$missing $${tool#*:}"; \
 	done; \
 	[ -z "$$missing" ] && exit 0; \

@@ -174,6 +174,12 @@ class RouterSettings:
     tenant_weights: str = setting("", "shares of waiting tenants, as NAME=WEIGHT,NAME=WEIGHT [1 each]")
     tenant_isolation: bool = setting(False, "never let a tenant reuse the KV of another's prompts")
     request_timeout_s: float = setting(600.0, "seconds a request may take in all", minimum=1)
+    slo_ttft_s: float = setting(
+        2.0, "seconds to the first token that an interactive answer may take to count as good", minimum=0
+    )
+    slo_tpot_s: float = setting(
+        0.1, "mean seconds per further token that it may take to count as good", minimum=0
+    )
     max_placements: int = setting(4, "placements tried for one request before it fails", minimum=1)
     stop_grace_s: float = setting(5.0, "seconds a stopping router lets running requests finish", minimum=0)
 
@@ -281,6 +287,18 @@ class ObservabilitySettings:
     """What the processes say about themselves."""
 
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line written")
+    log_format: Literal["auto", "text", "json"] = setting(
+        "auto", "of log lines; auto is json where a program reads them through a pipe, else text"
+    )
+    otlp_endpoint: str = setting(
+        "", "OTLP collector that traces go to by gRPC, such as http://127.0.0.1:4317 [empty: none]"
+    )
+    trace_share: float = setting(
+        1.0,
+        "share of requests traced; one that comes with a traceparent is as that says",
+        minimum=0,
+        maximum=1,
+    )
     metrics_port: int = setting(
         0,
         "HTTP port of /metrics, and of a router's /debug, which it never shares [0: any free one]",

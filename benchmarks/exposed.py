@@ -30,7 +30,7 @@ APART = ("--prefill", "1", "--decode", "1", "--policy", "least-loaded")
 WHOLE = ("--hybrid", "1")
 MOST = 0.05
 GOAL_FROM_TOKENS = 2048
-_READ_S = re.compile(r"^baton_kv_transfer_seconds_sum (\S+)$", re.MULTILINE)
+_READ_S = re.compile(r"^baton_kv_transfer_seconds_sum\S* (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from baton.cli.plan import plan
 from baton.cli.profile import profile
 from baton.cli.run import PROCESS_COMMANDS
 from baton.cli.simulate import simulate_command
+from baton.cli.top import top
 from baton.cli.up import up
 
 
@@ -24,7 +25,10 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-COMMANDS = (up, chat, doctor, config, fetch, keys, plan, profile, bench, simulate_command, *PROCESS_COMMANDS)
+COMMANDS = (
+    *(up, chat, top, doctor, config, fetch, keys, plan, profile, bench, simulate_command),
+    *PROCESS_COMMANDS,
+)
 for command in COMMANDS:
     main.add_command(command)
 

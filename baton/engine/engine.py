@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
+from baton.engine.costs import Tally
 from baton.engine.interfaces import (
     BlockRange,
     Load,
@@ -71,8 +72,7 @@ class Engine:
     overlap: bool = False
     tier_misses: Counter[tuple[Tier, str]] = field(default_factory=Counter, init=False)
     fetched_blocks: Counter[Tier] = field(default_factory=Counter, init=False)
-    steps: int = field(default=0, init=False)
-    computed_tokens: int = field(default=0, init=False)
+    tally: Tally = field(default_factory=Tally, init=False)
     _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
     _stopping: bool = field(default=False, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -141,6 +141,7 @@ class Engine:
         with self._changed:
             self._reservations.hand_over(reservation)
             self.scheduler.adopt(choice, reservation.blocks, reservation.held)
+            choice.decoding_since_s = time.monotonic()
             self._move([])
             self._changed.notify()
 
@@ -237,7 +238,8 @@ class Engine:
                     break
                 if not wait:
                     return []
-                self._changed.wait()
+                with self.tally.idle():
+                    self._changed.wait()
             else:
                 return []
         if early:
@@ -272,10 +274,12 @@ class Engine:
     def _record(self, batch: list[Scheduled], results: Sequence[StepResult]) -> list[Output]:
         outputs = []
         with self._changed:
-            self.steps += 1
+            self.tally.steps += 1
             for item, result in zip(batch, results, strict=True):
                 choice = item.sequence
-                self.computed_tokens += item.query_len
+                self.tally.count(item)
+                if not choice.started:
+                    choice.chunks.append((item.query_len, time.monotonic()))
                 self.scheduler.advance(item)
                 if choice.state is not State.RUNNING:
                     continue  # over since the step began
@@ -301,6 +305,8 @@ class Engine:
         elif reason is not None:
             self.scheduler.release(choice)
         now = time.monotonic()
+        if first:
+            choice.decoding_since_s = now
         return Output(
             choice,
             sampled,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
@@ -256,7 +256,7 @@ class Scheduler:
             sequence.state = State.LOADING
             self.loading.add(sequence)
             loading = blocks[reusable : reusable + below]
-            self._loads.append(Load(held, loading, partial(self._loaded, sequence)))
+            self._loads.append(Load(held, loading, partial(self._loaded, sequence, held)))
         else:
             self._begin(sequence)
         return True
@@ -266,9 +266,10 @@ class Scheduler:
         loads, self._loads = self._loads, []
         return loads
 
-    def _loaded(self, sequence: Sequence, good: int) -> None:
+    def _loaded(self, sequence: Sequence, held: Sequence_[Held], good: int) -> None:
         """The first `good` of the blocks being brought up hold their KV; the rest is computed."""
         sequence.computed += good * sequence.block_size
+        sequence.tier_blocks = Counter(each.tier for each in held[:good])
         self._share_full_blocks(sequence)
         if sequence.cancelled:
             self.release(sequence)

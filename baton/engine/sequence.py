@@ -6,6 +6,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from baton.kv.events import Tier
 from baton.kv.hashing import ChainHasher
 from baton.sampling import PositionLogprobs, Sampling
 
@@ -34,10 +35,12 @@ class Sequence:
     the first `prompt_len` of them are the prompt. The KV of the first `computed` tokens is in
     `blocks`; the first `shared` blocks are in the prefix tree. `cached_tokens` is how much of the
     prompt the cache held when the sequence first ran, `pulled_tokens` the part of it in the blocks that
-    were read from another worker for this sequence (`pulled`). The first `announced` blocks are known to the
-    reader of prefill work. It is `copied` when its blocks were read from a worker that keeps them, and
-    `held_back` until it may decode with the others. `owner` is whom outputs are for; the engine only passes
-    it on.
+    were read from another worker for this sequence (`pulled`), `tier_blocks` the blocks brought up for it
+    from each lower tier. The first `announced` blocks are known to the reader of prefill work. `chunks` are
+    how many tokens each step up to the first new token computed, and when it ended. It is `copied` when its
+    blocks were read from a worker that keeps them, and `held_back` until it may decode with the others.
+    `owner` is whom outputs are for and `traceparent` the trace context of the request;
+    the engine only passes them on.
 
     The `in_flight` steps that were scheduled and have not ended compute the KV of the `ahead` tokens after
     `computed` and bring `pending` new tokens. `duplicates` are blocks that such a step may still read and
@@ -52,6 +55,7 @@ class Sequence:
     root: bytes
     block_size: int
     cache_salt: str = ""
+    traceparent: str = ""
     work: Work = Work.GENERATE
     state: State = State.WAITING
     blocks: list[int] = field(default_factory=list)
@@ -69,6 +73,9 @@ class Sequence:
     cancelled: bool = False
     arrived_s: float = 0.0
     first_scheduled_s: float = 0.0
+    decoding_since_s: float = 0.0
+    chunks: list[tuple[int, float]] = field(default_factory=list)
+    tier_blocks: dict[Tier, int] = field(default_factory=dict)
     announced: int = 0
     started: bool = False
     owner: object = None

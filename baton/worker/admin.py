@@ -12,6 +12,7 @@ from baton.rpc.kvstore_messages import ROLES
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.wire import layout_to_proto
 from baton.worker.convert import load_to
+from baton.worker.metrics import DRAINS, ROLE_CHANGES
 from baton.worker.peers import Peers
 from baton.worker.state import WorkerState
 
@@ -54,6 +55,8 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
         if request.role not in ROLES:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"role: {request.role} is not a role")
         previous, self._state.role = self._state.role, ROLES[request.role]
+        if self._state.role is not previous:
+            ROLE_CHANGES.labels(self._state.role.value).inc()
         self._announce()
         return worker_pb2.SetRoleResponse(previous=ROLE_NUMBERS[previous])
 
@@ -75,7 +78,9 @@ async def drain(state: WorkerState, announce: Callable[[], None], timeout_s: flo
                 await asyncio.sleep(0.05)
     except TimeoutError:
         pass
-    return _unfinished(state)
+    unfinished = _unfinished(state)
+    DRAINS.labels("unfinished" if unfinished else "done").inc()
+    return unfinished
 
 
 def _unfinished(state: WorkerState) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import click
 
+from baton import tracing
 from baton.cli.options import effective_settings, settings_options
 from baton.config import PROCESS_SECTIONS, BadSetting, Settings
 from baton.logs import configure
@@ -25,7 +26,9 @@ def worker_command(role: Literal["prefill", "decode"]) -> click.Command:
     def main(settings: Settings) -> None:
         if any(item.name == "role" and item.source == "default" for item in effective_settings()):
             settings = replace(settings, worker=replace(settings.worker, role=role))
-        configure(settings.worker.worker_id or settings.worker.role, settings.observability.log_level)
+        name, said = settings.worker.worker_id or settings.worker.role, settings.observability
+        configure(name, said.log_level, said.log_format)
+        tracing.configure(name, said)
         use_internal_tls(settings.internal_tls)
         _bind(settings.engine.cores)  # before any thread starts: each inherits it
         asyncio.run(run_worker(settings))

@@ -146,13 +146,19 @@ def forwarded_to(key: int, first: worker_pb2.FirstToken) -> worker_pb2.RequestOu
 
 
 def report_to(output: Output, kind: worker_pb2.PrefillReport.Kind.ValueType) -> worker_pb2.PrefillReport:
-    return worker_pb2.PrefillReport(
+    choice = output.choice
+    report = worker_pb2.PrefillReport(
         kind=kind,
-        cached_tokens=output.choice.cached_tokens or 0,
+        cached_tokens=choice.cached_tokens or 0,
         queue_s=output.queue_s,
         prefill_s=output.prefill_s,
-        pulled_tokens=output.choice.pulled_tokens,
+        pulled_tokens=choice.pulled_tokens,
     )
+    last_s = choice.first_scheduled_s
+    for tokens, ended_s in choice.chunks:
+        report.chunks.add(tokens=tokens, seconds=ended_s - last_s)
+        last_s = ended_s
+    return report
 
 
 def _local_kind(output: Output) -> worker_pb2.PrefillReport.Kind.ValueType:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
+from baton import tracing
 from baton.engine.reservations import Reservation
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
 from baton.errors import HandoffFailed
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.worker.convert import forwarded_to
-from baton.worker.metrics import HANDOFFS, PREFILLS
+from baton.worker.metrics import HANDOFF_PHASES, HANDOFFS, PREFILLS
 from baton.worker.peers import Peer, Peers
 from baton.worker.state import WorkerState
 
@@ -37,10 +39,12 @@ class HandoffReader:
         self._timeout_s = timeout_s
         self._complete: dict[Choice, Reservation] = {}
 
-    async def read(self, start: worker_pb2.Start, choice: Choice, send: Send) -> bool:
+    async def read(
+        self, start: worker_pb2.Start, choice: Choice, send: Send
+    ) -> worker_pb2.TransferReport | None:
         """Bring the KV of the request's context here and `send` its first token on the way.
 
-        Returns True when the request ended with that token. Otherwise the KV is complete, the token
+        Returns None when the request ended with that token. Otherwise the KV is complete, the token
         is in `choice`, and `adopt` must be called next. Cancelling the call is safe at any point: no
         block is given back while a read may still write to it.
 
@@ -48,18 +52,22 @@ class HandoffReader:
             HandoffFailed: nothing was kept; the token may have been sent.
         """
         state = self._state
+        clock = _Clock()
         chain = choice.chain(longest_reusable(choice.tokens, choice.block_size))
         reservation = await self._pin_prefix([] if choice.wants_prompt_logprobs else chain)
         state.handoffs_reading += 1
         outcome = "cancelled"
         try:
             peer = await self._peers.get(start.prefill_address, start.prefill_incarnation)
-            exchange = _Exchange(state, self._peers, peer, start, choice, reservation, send, self._timeout_s)
+            exchange = _Exchange(
+                state, self._peers, peer, start, choice, reservation, send, self._timeout_s, clock
+            )
             finished = await exchange.run()
-            if not finished:
-                self._complete[choice] = reservation
             outcome = "released"
-            return finished
+            if finished:
+                return None
+            self._complete[choice] = reservation
+            return exchange.report
         except HandoffFailed as error:
             outcome = "failed"
             log.warning("request %s: %s", start.request_id, error.message)
@@ -67,6 +75,8 @@ class HandoffReader:
         finally:
             state.handoffs_reading -= 1
             HANDOFFS.labels(outcome).inc()
+            if start.traceparent:
+                clock.trace(start.traceparent, {"worker": state.worker_id, "outcome": outcome})
             if choice not in self._complete:
                 state.engine.drop(reservation)
 
@@ -86,6 +96,30 @@ class HandoffReader:
 
 
 @dataclass
+class _Clock:
+    """Tells the phases of one handoff apart."""
+
+    last_s: float = field(default_factory=time.monotonic)
+    phases: list[tuple[str, float, float]] = field(default_factory=list)
+
+    def ended(self, phase: str) -> float:
+        """Count the seconds since the phase before; returns them."""
+        now_s = time.monotonic()
+        took_s = now_s - self.last_s
+        self.phases.append((phase, self.last_s, now_s))
+        self.last_s = now_s
+        HANDOFF_PHASES[phase].observe(took_s)
+        return took_s
+
+    def trace(self, parent: str, facts: tracing.Attributes) -> None:
+        """Record the handoff and its phases as spans."""
+        began_s = self.phases[0][1] if self.phases else self.last_s
+        handoff = tracing.record(parent, "handoff", began_s, time.monotonic(), facts)
+        for phase in self.phases:
+            tracing.record(handoff, *phase)
+
+
+@dataclass
 class _Exchange:
     """One Handoff stream, as seen by the reader."""
 
@@ -97,12 +131,15 @@ class _Exchange:
     reservation: Reservation
     send: Send
     timeout_s: float
+    clock: _Clock
+    report: worker_pb2.TransferReport = field(default_factory=worker_pb2.TransferReport)
 
     async def run(self) -> bool:
         call = self.peer.stub.Handoff()
         ready: asyncio.Queue[worker_pb2.BlocksReady] = asyncio.Queue()
         try:
             await call.write(worker_pb2.HandoffRequest(begin=self._begin()))
+            self.clock.ended("begin")
             async with asyncio.TaskGroup() as tasks:
                 reading = tasks.create_task(self._read_blocks(ready))
                 finished = await self._receive(call, ready)
@@ -110,9 +147,11 @@ class _Exchange:
                     reading.cancel()
                     return True
                 await reading
+                tail_s = self.clock.ended("tail")
                 await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
                 if (await self._next(call)).WhichOneof("message") != "released":
                     raise HandoffFailed(f"{self.peer} answered Done with something other than Released")
+                self.report.tail_s = tail_s + self.clock.ended("release")
             return False
         except grpc.aio.AioRpcError as error:
             raise HandoffFailed(f"{self.peer}: {error.code().name}: {error.details()}") from error
@@ -132,6 +171,7 @@ class _Exchange:
             match response.WhichOneof("message"):
                 case "first_token":
                     first = response.first_token
+                    self.clock.ended("first_token")
                     self.send(forwarded_to(self.start.key, first))
                     PREFILLS.labels("remote").inc()
                     if first.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED:
@@ -170,9 +210,11 @@ class _Exchange:
     async def _read(self, message: worker_pb2.BlocksReady) -> None:
         first = message.first_index
         destination = self.reservation.blocks[first : first + len(message.block_ids)]
-        await self.peers.read(
+        report = await self.peers.read(
             self.peer, list(message.block_ids), destination, self.timeout_s, message.digests
         )
+        self.report.bytes += report.bytes
+        self.report.read_s += report.seconds
 
     async def _next(
         self, call: grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]
@@ -195,6 +237,7 @@ class _Exchange:
             sampling=self.start.sampling,
             cache_salt=self.start.cache_salt,
             held_blocks=self.reservation.held,
+            traceparent=self.start.traceparent,
             verify=self.peers.verify,
             pull=self.start.pull if self.start.HasField("pull") else None,
         )

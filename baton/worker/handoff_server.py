@@ -18,6 +18,7 @@ from baton.transfer.wire import description_to_proto
 from baton.worker.convert import first_token_to
 from baton.worker.pull import Puller
 from baton.worker.state import WorkerState
+from baton.worker.traces import trace_prefill
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class KvService(worker_pb2_grpc.KvServicer):
         try:
             while not await self._announce(output := await lease.next(), begin, context):
                 pass
+            self._state.metrics.began(output)
+            trace_prefill(choice, self._state.worker_id)
             if output.finish_reason is not None:
                 return
             await _release(requests, context)

@@ -18,6 +18,7 @@ from baton.attention.base import AttentionBackend, KvCache
 from baton.attention.select import block_bytes, create_backend, preferred_block_size
 from baton.config import EngineSettings, Settings
 from baton.device import device_of
+from baton.engine.costs import Costs, peak_of
 from baton.engine.curves import knee, measure_decode, measure_prefill
 from baton.engine.engine import Engine, Stop
 from baton.engine.graphs import DecodeGraphs
@@ -48,7 +49,7 @@ from baton.worker.admin import ROLE_NUMBERS, AdminService, drain
 from baton.worker.convert import load_to
 from baton.worker.handoff_reader import HandoffReader
 from baton.worker.handoff_server import KvService
-from baton.worker.metrics import EngineCollector
+from baton.worker.metrics import EngineCollector, RequestMetrics, WorkerFacts
 from baton.worker.peers import Peers
 from baton.worker.pull import Puller
 from baton.worker.session import DecodeService
@@ -226,12 +227,13 @@ class Worker:
             overlap=_overlaps(settings),
         )
         stack.callback(engine.stop)
+        model_name = settings.model.served_model_name or Path(settings.model.model).name
         state = WorkerState(
             worker_id=worker_id,
             incarnation=incarnation,
             role=Role(chosen.role),
             model=ServedModel(
-                settings.model.served_model_name or Path(settings.model.model).name,
+                model_name,
                 model.config.vocab_size,
                 max_model_len,
             ),
@@ -240,6 +242,7 @@ class Worker:
             transfer=transfer,
             attention_backend=loaded.attention.name,
             metrics_address=f"{metrics_host}:{metrics_server.server_port}",
+            metrics=RequestMetrics(model_name),
         )
         peers = Peers(worker_id, transfer, chosen.kv_verify)
         stack.push_async_callback(peers.close)
@@ -256,7 +259,7 @@ class Worker:
             stop.set()
 
         dispatch.connect(membership.publish, died)
-        REGISTRY.register(EngineCollector(engine))
+        REGISTRY.register(_collector(state, model, cache))
         reader = HandoffReader(state, peers, chosen.handoff_timeout_s)
         puller = Puller(state, peers, chosen.pull_timeout_s)
         decode = DecodeService(state, reader, puller)
@@ -380,6 +383,23 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         prefill_curve=_points(loaded.prefill_curve),
         decode_curve=_points(loaded.decode_curve),
     )
+
+
+def _collector(state: WorkerState, model: Model, cache: KvCache) -> EngineCollector:
+    on_gpu = model.device.type == "cuda"
+    layout = state.layout
+    facts = WorkerFacts(
+        worker_id=state.worker_id,
+        model=state.model.name,
+        device=torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
+        dtype=layout.dtype,
+        transport=state.transfer.describe().transport,
+        attention=state.attention_backend,
+        block_size=layout.block_size,
+        total_blocks=cache.total_blocks,
+    )
+    costs = Costs.of(model.config, model.dtype.itemsize, layout.block_bytes // layout.block_size)
+    return EngineCollector(state.engine, facts, costs, peak_of(facts.device))
 
 
 def _overlaps(settings: Settings) -> bool:

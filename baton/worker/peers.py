@@ -55,6 +55,12 @@ class Peers:
     _known: dict[str, Peer] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        transport = self.transfer.describe().transport
+        self._bytes = KV_TRANSFER_BYTES.labels(transport)
+        self._blocks = KV_TRANSFER_BLOCKS.labels(transport)
+        self._seconds = KV_TRANSFER_SECONDS.labels(transport)
+
     async def get(self, address: str, incarnation: str) -> Peer:
         """The worker at `address`, connected and warm; a restarted one replaces its older self.
 
@@ -91,9 +97,9 @@ class Peers:
             await self._verify(peer, source_blocks, destination_blocks, digests)
         self._rate(peer.agent_name, report)
         self.read_bytes += report.bytes
-        KV_TRANSFER_BYTES.inc(report.bytes)
-        KV_TRANSFER_BLOCKS.inc(len(destination_blocks))
-        KV_TRANSFER_SECONDS.observe(report.seconds)
+        self._bytes.inc(report.bytes)
+        self._blocks.inc(len(destination_blocks))
+        self._seconds.observe(report.seconds)
         return report
 
     async def _verify(

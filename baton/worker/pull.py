@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import AsyncExitStack
 from typing import TypeAlias
 
 import grpc
 
+from baton import tracing
 from baton.engine.reservations import Pinned
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
@@ -47,6 +49,7 @@ class Puller:
         if choice.wants_prompt_logprobs or not blocks:
             return
         outcome = "cancelled"
+        began_s = time.monotonic()
         self._state.handoffs_reading += 1
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -78,6 +81,9 @@ class Puller:
         finally:
             self._state.handoffs_reading -= 1
             PULLS.labels(outcome).inc()
+            if choice.traceparent:
+                facts = {"worker": self._state.worker_id, "from": pull.address, "outcome": outcome}
+                tracing.record(choice.traceparent, "pull", began_s, time.monotonic(), facts)
 
     async def _pull(self, choice: Choice, pull: worker_pb2.Pull, blocks: int) -> None:
         engine, chain = self._state.engine, choice.chain(blocks)
@@ -98,6 +104,7 @@ class Puller:
                 held_blocks=pinned.held,
                 purpose=worker_pb2.PULL,
                 pull_blocks=blocks,
+                traceparent=choice.traceparent,
                 verify=self._peers.verify,
             )
             await call.write(worker_pb2.HandoffRequest(begin=begin))

@@ -19,6 +19,7 @@ from baton.worker.handoff_reader import HandoffReader
 from baton.worker.metrics import PREFILLS
 from baton.worker.pull import Puller
 from baton.worker.state import WorkerState
+from baton.worker.traces import trace_decode, trace_prefill
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Session:
         self._keys: dict[Choice, int] = {}
         self._choices: dict[int, Choice] = {}
         self._handoffs: dict[int, asyncio.Task[None]] = {}
+        self._transfers: dict[Choice, worker_pb2.TransferReport] = {}
         self._outbox: list[worker_pb2.RequestOutput] = []
         self._filled = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -98,7 +100,14 @@ class Session:
             message = output_to(key, output)
             if message.HasField("prefill"):
                 PREFILLS.labels(worker_pb2.PrefillReport.Kind.Name(message.prefill.kind).lower()).inc()
+                self._state.metrics.began(output)
+                trace_prefill(output.choice, self._state.worker_id)
+            if self._transfers and (transfer := self._transfers.pop(output.choice, None)) is not None:
+                message.transfer.CopyFrom(transfer)
             self._send(message)
+            if output.finish_reason is not None:
+                self._state.metrics.ended(output.choice)
+                trace_decode(output.choice, self._state.worker_id, output.finish_reason.value)
             if output.finish_reason is not None or output.error:
                 self._forget(key)
 
@@ -133,8 +142,9 @@ class Session:
                 await self._puller.pull(choice, start.pull)
                 self._submit(start.key, choice)
                 return
-            finished = await self._reader.read(start, choice, self._send)
-            if not finished:
+            transfer = await self._reader.read(start, choice, self._send)
+            if transfer is not None:
+                self._transfers[choice] = transfer
                 self._remember(start.key, choice)
                 self._reader.adopt(choice)
         except BatonError as error:
@@ -154,7 +164,9 @@ class Session:
         self._choices[key] = choice
 
     def _forget(self, key: int) -> None:
-        self._keys.pop(self._choices.pop(key), None)
+        choice = self._choices.pop(key)
+        self._keys.pop(choice, None)
+        self._transfers.pop(choice, None)
 
     def _cancel(self, key: int) -> None:
         if task := self._handoffs.get(key):

@@ -19,6 +19,7 @@ from baton.routing.view import Role
 from baton.rpc.v1 import worker_pb2
 from baton.transfer.base import Transfer
 from baton.worker.convert import context_from, sampling_from
+from baton.worker.metrics import RequestMetrics
 
 
 class Owner(Protocol):
@@ -50,6 +51,7 @@ class WorkerState:
     transfer: Transfer
     attention_backend: str
     metrics_address: str
+    metrics: RequestMetrics
     draining: bool = False
     sessions: int = 0
     handoffs_serving: int = 0
@@ -82,6 +84,7 @@ class WorkerState:
             root=self.layout.root(request.cache_salt),
             block_size=self.layout.block_size,
             cache_salt=request.cache_salt,
+            traceparent=request.traceparent,
             work=work,
             owner=owner,
         )

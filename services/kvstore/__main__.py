@@ -95,7 +95,7 @@ async def _expire(state: ClusterState, ttl_s: float) -> None:
 @settings_options(*PROCESS_SECTIONS["kvstore"])
 def main(settings: Settings) -> None:
     """Serve the worker registry and the prefix index."""
-    configure("kvstore", settings.observability.log_level)
+    configure("kvstore", settings.observability.log_level, settings.observability.log_format)
     use_internal_tls(settings.internal_tls)
     asyncio.run(serve(settings))
 

@@ -10,6 +10,7 @@ import signal
 import click
 import uvloop
 
+from baton import tracing
 from baton.cli.options import settings_options
 from baton.config import PROCESS_SECTIONS, Settings
 from baton.logs import configure
@@ -45,7 +46,8 @@ async def serve(settings: Settings) -> None:
 @settings_options(*PROCESS_SECTIONS["router"])
 def main(settings: Settings) -> None:
     """Serve the OpenAI API and gRPC, and place requests on the cluster's workers."""
-    configure("router", settings.observability.log_level)
+    configure("router", settings.observability.log_level, settings.observability.log_format)
+    tracing.configure("router", settings.observability)
     use_internal_tls(settings.internal_tls)
     # Prompts come one by one: handing each to the tokenizer's thread pool costs more than it gains.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -16,6 +16,7 @@ from services.router.explain import RouteExplainer
 from services.router.frontend import Frontend
 from services.router.http import ClientGone, Exchange, MethodNotAllowed, NotFound, Receive, Scope, Send
 from services.router.openai_api import OpenAiApi
+from services.router.ui.page import Page
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +89,13 @@ class App:
 
     async def _ready(self, exchange: Exchange) -> None:
         """200 when a request could be placed now."""
-        if self._frontend.door.closed:
-            raise Unavailable("the router is shutting down")
-        self._frontend.placer.check_ready()
+        try:
+            if self._frontend.door.closed:
+                raise Unavailable("the router is shutting down")
+            self._frontend.placer.check_ready()
+        except Unavailable as error:  # no request was refused, so none is counted
+            await exchange.error(error)
+            return
         await exchange.json(200, {"status": "ready"})
 
 
@@ -98,13 +103,16 @@ class OwnApp(App):
     """What is served on the port that a router shares with nobody: all of the above, and what is for those
     who run it. Whoever reaches the port may ask for that."""
 
-    def __init__(self, frontend: Frontend, access: Access, *, policy: str, max_body_bytes: int) -> None:
+    def __init__(
+        self, frontend: Frontend, access: Access, page: Page, *, policy: str, max_body_bytes: int
+    ) -> None:
         super().__init__(frontend, access, max_body_bytes=max_body_bytes)
         explainer = RouteExplainer(frontend, self._api, policy)
         self._open = {
             **self._open,
             "/debug/route": {"GET": explainer.get, "POST": explainer.post},
             "/metrics": {"GET": self._metrics},
+            **page.routes(),
         }
 
     async def _metrics(self, exchange: Exchange) -> None:

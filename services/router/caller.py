@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.errors import InvalidRequest, PermissionDenied
 from baton.routing import Slo
@@ -21,13 +22,16 @@ Header = Callable[[str], str]
 class Caller:
     """`tenant` is empty where tenants are not told apart, `session` where the request names none;
     `timeout_s` is how long the caller waits for the whole answer, from now; `quota` is what its API key
-    may use, if it has one with limits."""
+    may use, if it has one with limits. `traceparent` is the W3C trace context it sent, `arrived_s` the
+    `time.monotonic()` at which it was read."""
 
     tenant: str
     slo: Slo
     session: str
     timeout_s: float
     quota: Quota | None = None
+    traceparent: str = ""
+    arrived_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Callers:
             session=_name("x-session-id", header),
             timeout_s=min(self.timeout_s, _seconds("x-baton-timeout-s", header)),
             quota=grant.quota,
+            traceparent=header("traceparent"),
         )
 
     def _tenant(self, header: Header, grant: Grant) -> str:

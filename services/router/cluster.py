@@ -42,6 +42,10 @@ class Cluster(Protocol):
     def reservations(self) -> Reservations:
         """What the routers have promised."""
 
+    @property
+    def connected(self) -> bool:
+        """Whether all this is current, as far as is known."""
+
     async def run(self) -> None:
         """Follow the kvstore until cancelled."""
 

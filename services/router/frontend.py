@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
+from baton import tracing
 from baton.errors import BatonError
 from baton.openai.answer import Piece
 from baton.openai.params import ModelLimits, OutputBudget, settle, stops_of
@@ -97,6 +98,27 @@ class Frontend:
             BatonError: the first failure.
         """
         self.metrics.arrived([len(generation.prompt_token_ids) for generation in generations])
+        first = generations[0]
+        span = tracing.begin("request", first.caller.traceparent, first.caller.arrived_s)
+        if span is None:
+            await self._run(generations, emit, "")
+            return
+        failure = "cancelled"
+        try:
+            await self._run(generations, emit, tracing.traceparent(span))
+            failure = ""
+        except BatonError as error:
+            failure = error.openai_type
+            raise
+        finally:
+            facts: tracing.Attributes = {
+                "request_id": first.request_id,
+                "choices": len(generations),
+                "error": failure,
+            }
+            tracing.end(span, time.monotonic(), facts, failed=bool(failure))
+
+    async def _run(self, generations: Sequence[Generation], emit: EmitChoice, trace: str) -> None:
         quota = generations[0].caller.quota
         if quota is not None and quota.counts_tokens:
             quota.require_tokens(time.monotonic())
@@ -106,7 +128,10 @@ class Frontend:
                 quota.take_tokens(_prompt_tokens(generations))
             if len(generations) == 1:
                 await self.lifecycle.run(
-                    generations[0], lambda placed, pieces: emit(0, placed, pieces), queue_s=queue_s
+                    generations[0],
+                    lambda placed, pieces: emit(0, placed, pieces),
+                    queue_s=queue_s,
+                    trace=trace,
                 )
                 return
             try:
@@ -116,7 +141,9 @@ class Frontend:
                         prompt = id(generation.prompt_token_ids)
                         leader = leaders.get(prompt)
                         begun = leaders.setdefault(prompt, asyncio.Event())
-                        tasks.create_task(self._run_one(index, generation, emit, leader, begun, queue_s))
+                        tasks.create_task(
+                            self._run_one(index, generation, emit, leader, begun, queue_s, trace)
+                        )
             except* BatonError as group:
                 raise _first(group) from None
 
@@ -128,6 +155,7 @@ class Frontend:
         leader: asyncio.Event | None,
         begun: asyncio.Event,
         queue_s: float,
+        trace: str,
     ) -> None:
         """Run a choice, but not before `leader`, the first choice of the same prompt, has a token: then
         the prompt's KV is there and need not be computed once per choice."""
@@ -138,7 +166,7 @@ class Frontend:
             begun.set()
             await emit(index, placed, pieces)
 
-        await self.lifecycle.run(generation, emit_one, queue_s=queue_s)
+        await self.lifecycle.run(generation, emit_one, queue_s=queue_s, trace=trace)
 
     def _admitted(self, generations: Sequence[Generation]) -> AbstractAsyncContextManager[float]:
         """The choices' places; their prompts count once each, their outputs as long as outputs are now."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.openai.answer import Piece
 from baton.sampling import Sampling
@@ -12,7 +13,8 @@ from services.router.caller import Caller
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What is wanted. `stops` are the router's business, the rest of `sampling` the engine's."""
+    """What is wanted. `stops` are the router's business, the rest of `sampling` the engine's; it was made at
+    the `time.monotonic()` of `tokenized_s`."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -22,6 +24,7 @@ class Generation:
     include_stop: bool = False
     skip_special_tokens: bool = True
     cache_salt: str = ""
+    tokenized_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)

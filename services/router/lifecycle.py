@@ -17,6 +17,7 @@ from services.router.generation import Emit, Generation, Placed
 from services.router.metrics import Metrics
 from services.router.placement import Hold, Placer
 from services.router.sessions import ClientTooSlow, SessionBroken, SessionPool
+from services.router.timeline import Recent, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Lifecycle:
         changes: ClusterChanges,
         tokenizer: Tokenizer | None,
         metrics: Metrics,
+        recent: Recent,
         *,
         policy: str,
         max_placements: int,
@@ -88,6 +90,7 @@ class Lifecycle:
         self._changes = changes
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._recent = recent
         self._policy = policy
         self._max_placements = max_placements
         self._mean_output_tokens = _FIRST_GUESS_TOKENS
@@ -97,20 +100,37 @@ class Lifecycle:
         """Tokens that a choice has had lately, on average."""
         return round(self._mean_output_tokens)
 
-    async def run(self, generation: Generation, emit: Emit, *, queue_s: float) -> None:
+    async def run(self, generation: Generation, emit: Emit, *, queue_s: float, trace: str) -> None:
         """Generate and emit every piece of the choice. Cancelling the caller cancels the work everywhere.
 
-        `queue_s` are the seconds for which the request waited to be let in.
+        `queue_s` are the seconds for which the request waited to be let in, `trace` is its traceparent, empty
+        when it is not traced.
 
         Raises:
             InvalidRequest: no worker could ever run it.
             Overloaded, Unavailable: no worker would take it, or none of `max_placements` finished it.
         """
-        choice = _Choice(self, generation, emit, queue_s)
+        timeline = Timeline(
+            generation.request_id,
+            generation.caller.slo,
+            len(generation.prompt_token_ids),
+            generation.caller.arrived_s,
+            generation.tokenized_s,
+            queue_s,
+            trace,
+        )
+        choice = _Choice(self, generation, emit, timeline)
+        self._recent.begin(timeline)
         try:
             await self._follow(choice, generation)
+        except BaseException as error:
+            timeline.outcome = timeline.outcome or type(error).__name__
+            raise
         finally:
-            self._metrics.generation_tokens.inc(choice.tokens)
+            timeline.output_tokens = choice.tokens
+            self._recent.end(timeline)
+            timeline.record()
+            self._metrics.ended(timeline, good=self._recent.targets.met(timeline))
             self._mean_output_tokens += _NEWEST_WEIGHT * (choice.tokens - self._mean_output_tokens)
 
     async def _follow(self, choice: _Choice, generation: Generation) -> None:
@@ -157,14 +177,15 @@ class Lifecycle:
 class _Choice:
     """The state of one choice that outlives its placements."""
 
-    def __init__(self, owner: Lifecycle, generation: Generation, emit: Emit, queue_s: float) -> None:
+    def __init__(self, owner: Lifecycle, generation: Generation, emit: Emit, timeline: Timeline) -> None:
         self._metrics = owner._metrics
+        self._recent = owner._recent
+        self._timeline = timeline
         self._placer = owner._placer
         self._sessions = owner._sessions
         self._policy = owner._policy
         self._generation = generation
         self._emit = emit
-        self._queue_s = queue_s
         detokenizer = Detokenizer.create(
             owner._tokenizer,
             generation.prompt_token_ids,
@@ -180,7 +201,6 @@ class _Choice:
         self.output: list[int] = []
         self._placed: Placed | None = None
         self._prompt_logprobs: list[inference_pb2.PositionLogprobs] = []
-        self._began_s = self._last_s = time.monotonic()
 
     @property
     def tokens(self) -> int:
@@ -195,11 +215,15 @@ class _Choice:
         """
         placement = hold.placement
         worker_id = placement.decode.worker_id
+        if not self.output:
+            self._note_start(placement)
+        self._timeline.placements += 1
         session = self._sessions.connected(worker_id)
         try:
             if session is None:
                 raise SessionBroken(f"no session with {worker_id}")
-            with session.start(_start(self._generation, self.output, placement)) as attempt:
+            start = _start(self._generation, self.output, placement, self._timeline.trace)
+            with session.start(start) as attempt:
                 while not await self._advance(await attempt.outputs(), hold):
                     pass
         except SessionBroken as error:
@@ -223,6 +247,8 @@ class _Choice:
             if output.HasField("prefill"):
                 hold.release()
                 self._note_prefill(output.prefill, hold)
+            if output.HasField("transfer"):
+                self._note_transfer(output.transfer, hold.placement)
             piece = self._take(output, hold.placement, now_s)
             if piece is not None:
                 pieces.append(piece)
@@ -252,16 +278,32 @@ class _Choice:
         self.output += tokens
         self._observe(len(tokens), first, now_s)
         if delta.finish_reason is not None:
-            self._metrics.whole.observe(now_s - self._began_s)
-            self._metrics.finished(delta.finish_reason.value)
+            self._timeline.outcome = delta.finish_reason.value
         return Piece(delta, first, self._prompt_logprobs if first else ())
+
+    def _note_start(self, placement: Placement) -> None:
+        timeline = self._timeline
+        timeline.placed_s = time.monotonic()
+        timeline.predicted_s = placement.terms.first_token_s
+        timeline.decode_worker = placement.decode.worker_id
+        timeline.computing_worker = placement.computing.worker_id
+        timeline.pull_worker = placement.pull.worker.worker_id if placement.pull is not None else ""
+
+    def _note_transfer(self, report: worker_pb2.TransferReport, placement: Placement) -> None:
+        self._timeline.transfer = report
+        if placement.prefill is not None:
+            self._recent.moved(placement.prefill.worker_id, placement.decode.worker_id, report.bytes)
 
     def _note_prefill(self, report: worker_pb2.PrefillReport, hold: Hold) -> None:
         placement = hold.placement
         self._placer.on_prefill(hold, report)
         actual_s = report.queue_s + report.prefill_s
-        self._metrics.prediction_error.observe(abs(actual_s - placement.terms.first_token_s))
+        self._metrics.predicted(placement.terms.first_token_s, actual_s)
         kind = _KINDS.get(report.kind, "local")
+        self._timeline.prefill, self._timeline.kind = report, kind
+        if placement.pull is not None and report.pulled_tokens:
+            size = report.pulled_tokens * self._placer.kv_bytes_per_token(placement.computing.worker_id)
+            self._recent.moved(placement.pull.worker.worker_id, placement.computing.worker_id, size)
         self._metrics.placed(kind, self._policy)
         if self._placed is None:
             self._note_placed(kind, report.cached_tokens, placement)
@@ -274,19 +316,26 @@ class _Choice:
             placement.prefill.worker_id if remote and placement.prefill else "",
             cached_tokens,
             placement.terms.first_token_s,
-            self._queue_s,
+            self._timeline.queue_s,
         )
 
     def _observe(self, tokens: int, first: bool, now_s: float) -> None:
+        timeline = self._timeline
         if first:
-            self._metrics.first_token.observe(now_s - self._began_s)
-            self._metrics.prompt_tokens.inc(len(self._generation.prompt_token_ids))
+            timeline.first_s = now_s
+            self._metrics.first_token.observe(now_s - timeline.arrived_s)
+            self._metrics.prompt_tokens.inc(timeline.prompt_tokens)
+            self._recent.prompt_tokens += timeline.prompt_tokens
         elif tokens:
-            self._metrics.interval.observe((now_s - self._last_s) / tokens, tokens)
-        self._last_s = now_s
+            self._metrics.interval.observe((now_s - timeline.last_s) / tokens, tokens)
+        timeline.output_tokens += tokens
+        self._recent.output_tokens += tokens
+        timeline.last_s = now_s
 
 
-def _start(generation: Generation, output: Sequence[int], placement: Placement) -> worker_pb2.Start:
+def _start(
+    generation: Generation, output: Sequence[int], placement: Placement, trace: str
+) -> worker_pb2.Start:
     prefill = placement.prefill
     return worker_pb2.Start(
         request_id=generation.request_id,
@@ -297,6 +346,7 @@ def _start(generation: Generation, output: Sequence[int], placement: Placement) 
         prefill_address=prefill.address if prefill is not None else "",
         prefill_incarnation=prefill.incarnation if prefill is not None else "",
         pull=None if placement.pull is None else pull_message(placement.pull),
+        traceparent=trace,
     )
 
 

@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client import Histogram as PlainHistogram
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
 
-_LATENCY_BUCKETS_S = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
-    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
+from baton.metrics import (
+    FIRST_TOKEN_BUCKETS_S,
+    INTERVAL_BUCKETS_S,
+    REQUEST_BUCKETS_S,
+    Histogram,
+    token_buckets,
 )
-_INTERVAL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 5.0)
-
-
-class Histogram(Collector):
-    """A histogram that is cheap to observe on the path of every token: one thread, one model, no locks."""
-
-    def __init__(self, name: str, text: str, model: str, buckets_s: Sequence[float]) -> None:
-        self._name = name
-        self._text = text
-        self._model = model
-        self._bounds = tuple(buckets_s)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, seconds)] += times
-        self._sum += seconds * times
-
-    def collect(self) -> Iterable[HistogramMetricFamily]:
-        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
-        below = 0
-        buckets: list[tuple[str, float]] = []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            below += count
-            buckets.append((bound, below))
-        family.add_metric([self._model], buckets, self._sum)
-        return [family]
+from baton.sampling import FinishReason
+from services.router.timeline import Timeline
 
 
 class Metrics:
     """One router's metrics, all labelled with the model; rendered by `render`."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, longest: int) -> None:
+        """`longest` is the most tokens that prompt and output can have together."""
         self._registry = registry = CollectorRegistry()
         label = ["model_name"]
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(name, text, model, buckets)
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            made = Histogram(name, text, {"model_name": model}, buckets)
             registry.register(made)
             return made
 
@@ -60,18 +36,31 @@ class Metrics:
             return Counter(name, text, label, registry=registry).labels(model)
 
         self.first_token = histogram(
-            "vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.", _LATENCY_BUCKETS_S
+            "vllm:time_to_first_token_seconds",
+            "Seconds from arrival to the first token.",
+            FIRST_TOKEN_BUCKETS_S,
         )
         self.interval = histogram(
-            "vllm:inter_token_latency_seconds", "Seconds between tokens of a choice.", _INTERVAL_BUCKETS_S
+            "vllm:inter_token_latency_seconds", "Seconds between tokens of a choice.", INTERVAL_BUCKETS_S
         )
-        self.whole = histogram(
-            "vllm:e2e_request_latency_seconds", "Seconds from arrival to the last token.", _LATENCY_BUCKETS_S
+        self._per_token = histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean seconds between the tokens of a choice, once per choice.",
+            INTERVAL_BUCKETS_S,
+        )
+        self._whole = histogram(
+            "vllm:e2e_request_latency_seconds", "Seconds from arrival to the last token.", REQUEST_BUCKETS_S
+        )
+        self._prompt_length = histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of choices that ended.", token_buckets(longest)
+        )
+        self._output_length = histogram(
+            "vllm:request_generation_tokens", "Tokens of choices that ended.", token_buckets(longest)
         )
         self.prediction_error = histogram(
             "baton_router_prediction_error_seconds",
             "Seconds by which the prediction of a prompt's queue and prefill was off, either way.",
-            _LATENCY_BUCKETS_S,
+            FIRST_TOKEN_BUCKETS_S,
         )
         self._arrived = Counter(
             "baton_router_arrived_choices",
@@ -81,8 +70,32 @@ class Metrics:
         self._arrived_tokens = Counter(
             "baton_router_arrived_prompt_tokens", "Prompt tokens of these choices.", registry=registry
         )
+        self._cached = Counter(
+            "baton_router_cached_prompt_tokens",
+            "Prompt tokens of choices that ended whose KV was not computed for them.",
+            registry=registry,
+        )
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of placed choices.")
-        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.predicted_seconds = Counter(
+            "baton_router_predicted_seconds",
+            "Seconds of queue and prefill predicted for placements that gave a first token.",
+            registry=registry,
+        )
+        self.actual_seconds = Counter(
+            "baton_router_actual_seconds",
+            "Seconds of queue and prefill that they then took.",
+            registry=registry,
+        )
+        ended = Counter("baton_router_choices", "Choices that ended.", ["slo"], registry=registry)
+        good = Counter(
+            "baton_router_good_choices",
+            "Choices that ended within --slo-ttft-s and --slo-tpot-s; of batch, that ended well.",
+            ["slo"],
+            registry=registry,
+        )
+        self._ended = {slo: ended.labels(slo) for slo in ("interactive", "batch")}
+        self._good = {slo: good.labels(slo) for slo in ("interactive", "batch")}
         self.running = Gauge(
             "vllm:num_requests_running", "Choices in flight.", label, registry=registry
         ).labels(model)
@@ -91,7 +104,7 @@ class Metrics:
             "Seconds requests waited in the router before they were placed.",
             ["slo"],
             registry=registry,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=REQUEST_BUCKETS_S,
         )
         self.queue_seconds = {slo: queue_seconds.labels(slo) for slo in ("interactive", "batch")}
         self.kvstore_connected = Gauge(
@@ -115,9 +128,10 @@ class Metrics:
             "Entries forgotten because the index replica reached --index-max-bytes.",
             registry=registry,
         )
-        self._success = Counter(
+        success = Counter(
             "vllm:request_success", "Choices that ended.", [*label, "finished_reason"], registry=registry
         )
+        self._success = {reason.value: success.labels(model, reason.value) for reason in FinishReason}
         self._placements = Counter(
             "baton_router_placements_total",
             "Placements that gave a first token, by how the prompt's KV came to be.",
@@ -128,6 +142,12 @@ class Metrics:
             "baton_router_replacements_total",
             "Placements given up for another.",
             ["reason"],
+            registry=registry,
+        )
+        self._moves = Counter(
+            "baton_router_moves_total",
+            "Choices that were to move, with their KV, from a worker that gave them up, by outcome.",
+            ["outcome"],
             registry=registry,
         )
         self._backoffs = Counter(
@@ -144,19 +164,42 @@ class Metrics:
         )
         self._model = model
 
+    def predicted(self, predicted_s: float, actual_s: float) -> None:
+        """What a placement's queue and prefill were predicted to take, and took."""
+        self.prediction_error.observe(abs(actual_s - predicted_s))
+        self.predicted_seconds.inc(predicted_s)
+        self.actual_seconds.inc(actual_s)
+
+    def ended(self, choice: Timeline, *, good: bool) -> None:
+        """A choice is over, however it ended."""
+        self._generation_tokens.inc(choice.output_tokens)
+        self._ended[choice.slo].inc()
+        if good:
+            self._good[choice.slo].inc()
+        if choice.outcome in self._success:
+            self._success[choice.outcome].inc()
+            self._whole.observe(choice.last_s - choice.arrived_s)
+            self._prompt_length.observe(choice.prompt_tokens)
+            if choice.prefill is not None:
+                self._cached.inc(choice.prefill.cached_tokens)
+            self._output_length.observe(choice.output_tokens)
+            if choice.output_tokens > 1:
+                self._per_token.observe(choice.tpot_s)
+
     def arrived(self, prompt_tokens: Sequence[int]) -> None:
         """A request came, with a choice for each of these lengths of prompts."""
         self._arrived.inc(len(prompt_tokens))
         self._arrived_tokens.inc(sum(prompt_tokens))
-
-    def finished(self, reason: str) -> None:
-        self._success.labels(self._model, reason).inc()
 
     def placed(self, kind: str, policy: str) -> None:
         self._placements.labels(kind, policy).inc()
 
     def replaced(self, reason: str) -> None:
         self._replacements.labels(reason).inc()
+
+    def moved(self, outcome: str) -> None:
+        """A move ended: `moved`, `refused` by a target while the choice goes on, or `lost`."""
+        self._moves.labels(outcome).inc()
 
     def backed_off(self, reason: str) -> None:
         self._backoffs.labels(reason).inc()

@@ -118,6 +118,19 @@ class Placer:
         smallest = Request(prompt_tokens=1, blocks=1, block_size=1, block_bytes=1)
         self._policy.choose(smallest, ClusterView([worker.view for worker in self._reachable()]))
 
+    def workers(self) -> list[tuple[KnownWorker, WorkerView, bool]]:
+        """Every live worker, as it is now, and whether it can be used now; for whoever shows the cluster."""
+        reachable = {worker.view.worker_id for worker in self._reachable()}
+        return [
+            (known, self._promises.view(known.view), worker_id in reachable)
+            for worker_id, known in sorted(self._cluster.workers.items())
+        ]
+
+    def kv_bytes_per_token(self, worker_id: str) -> int:
+        """Bytes of KV per token on a worker; 0 when it is gone."""
+        known = self._cluster.workers.get(worker_id)
+        return known.layout.block_bytes // known.layout.block_size if known is not None else 0
+
     def longest_context(self) -> int | None:
         """Tokens of prompt and output that some decode worker can hold; None while there is none."""
         return max(

@@ -25,6 +25,8 @@ from services.router.metrics import Metrics
 from services.router.model import ServedModel
 from services.router.placement import Placer
 from services.router.sessions import SessionPool
+from services.router.timeline import Recent, Targets
+from services.router.ui.page import Page
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Router:
         self._settings = settings.router
         self._observability = settings.observability
         self.model = ServedModel.load(settings.model)
-        self.metrics = Metrics(self.model.name)
+        self.metrics = Metrics(self.model.name, self.model.limits.max_model_len)
         self._cluster = cluster
         self._changes = ClusterChanges()
         self.sessions = SessionPool(router_id(), self.on_load, self._changes.notify)
@@ -52,12 +54,14 @@ class Router:
         self._access = Access(self._settings.api_keys)
         self._tls = PublicTls.from_settings(self._settings)
         self._door = Door(self._settings, self._access, self._placer, self.metrics)
+        self.recent = Recent(Targets(self._settings.slo_ttft_s, self._settings.slo_tpot_s))
         lifecycle = Lifecycle(
             self._placer,
             self.sessions,
             self._changes,
             self.model.tokenizer,
             self.metrics,
+            self.recent,
             policy=self._settings.policy,
             max_placements=self._settings.max_placements,
         )
@@ -88,6 +92,7 @@ class Router:
 
     def on_gone(self, worker_id: str) -> None:
         self._placer.forget(worker_id)
+        self.recent.forget(worker_id)
 
     async def run(self, stop: asyncio.Event, listening: asyncio.Event) -> None:
         """Serve until `stop` is set, then let running requests finish for a bounded time.
@@ -101,7 +106,10 @@ class Router:
         grace_s, host, share = self._settings.stop_grace_s, self._settings.host, self._settings.share_ports
         max_bytes, head_s = self._settings.max_body_bytes, self._settings.head_timeout_s
         app = App(self.frontend, self._access, max_body_bytes=max_bytes)
-        own_app = OwnApp(self.frontend, self._access, policy=self._settings.policy, max_body_bytes=max_bytes)
+        page = Page(self.frontend, self.recent, self._cluster, self._settings.policy)
+        own_app = OwnApp(
+            self.frontend, self._access, page, policy=self._settings.policy, max_body_bytes=max_bytes
+        )
         tls = self._tls.http_context() if self._tls is not None else None
         http = HttpServer(app, grace_s=grace_s, head_timeout_s=head_s, tls=tls)
         own_http = HttpServer(own_app, grace_s=grace_s, head_timeout_s=head_s)

@@ -37,7 +37,12 @@ def scrape(address: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def counter(address: str, name: str, **labels: str) -> float:
-    return scrape(address).get((name, tuple(sorted(labels.items()))), 0.0)
+    """The sum of the samples of that name that have these labels."""
+    return sum(
+        value
+        for (found, has), value in scrape(address).items()
+        if found == name and labels.items() <= dict(has).items()
+    )
 
 
 def ask(cluster: Cluster, prompt: list[int], **extra: Any) -> httpx.Response:

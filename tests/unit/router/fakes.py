@@ -178,6 +178,7 @@ class FakeCluster:
     workers: Mapping[str, KnownWorker]
     index: PrefixIndex
     reservations: FakeReservations = field(default_factory=lambda: FakeReservations({}))
+    connected: bool = True
 
     async def run(self) -> None:
         await asyncio.Event().wait()

@@ -1,0 +1,1 @@
+"""The live page at /ui of the router's own port, and what it asks for."""

@@ -1,0 +1,84 @@
+"""The page in a real browser: it streams an answer, and sees a worker die and come back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, Request, expect, sync_playwright
+
+from tests.cluster import Cluster
+from tests.conftest import StartCluster
+
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def cluster_of_two(start_cluster: StartCluster) -> Iterator[Cluster]:
+    """A cluster that prefills remotely, so that KV flows."""
+    with start_cluster("--policy", "round-robin") as up:
+        yield up
+
+
+@pytest.fixture
+def page(cluster_of_two: Cluster) -> Iterator[Page]:
+    """The page, opened; fails when it complains or asks anybody else for anything."""
+    chromium = shutil.which("chromium")
+    assert chromium is not None, "the browser test needs Chromium: sudo apt-get install chromium"
+    strangers: list[str] = []
+    complaints: list[str] = []
+
+    def check(request: Request) -> None:
+        if not request.url.startswith(cluster_of_two.own_url):
+            strangers.append(request.url)
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        opened = browser.new_page()
+        opened.set_default_timeout(PATIENCE_MS)
+        opened.on("request", check)
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.goto(f"{cluster_of_two.own_url}/ui")
+        yield opened
+        browser.close()
+    assert not strangers
+    assert not complaints
+
+
+def test_it_streams_an_answer_and_shows_when_what_happened(page: Page) -> None:
+    for worker in ("prefill-0", "decode-0"):
+        expect(page.locator(f'[data-worker="{worker}"]')).to_contain_text("running", timeout=PATIENCE_MS)
+    page.locator("#prompt").fill("What does a list do?")
+    page.locator("#tokens").fill("200")
+    page.locator("#prompt").press("Enter")
+    # While it streams, the text grows.
+    grown = "() => document.querySelector('#answer.streaming')?.textContent.length > %d"
+    page.wait_for_function(grown % 0)
+    seen = len(page.locator("#answer").text_content() or "")
+    page.wait_for_function(grown % seen)
+    expect(page.locator("#timeline")).to_be_visible(timeout=PATIENCE_MS)
+    phases = page.locator("#timeline .phase")
+    for name in ("tokenize", "queue at worker", "prefill", "transfer KV", "decode"):
+        expect(phases.filter(has_text=name).first).to_be_visible()
+    expect(page.locator("#rows tr").first).to_contain_text("prefill-0 → decode-0")
+    expect(page.locator("#links path.kv.moving")).to_have_count(1)
+
+
+def test_it_says_where_a_prompt_would_go_without_sending_it(page: Page) -> None:
+    page.locator("#prompt").fill("def factorial(n):")
+    expect(page.locator("#policy")).to_contain_text("round-robin", timeout=PATIENCE_MS)
+    page.locator("#why").click()
+    expect(page.locator("#routes .chosen")).to_contain_text("decode-0")
+
+
+def test_it_sees_a_worker_die_and_come_back(page: Page, cluster_of_two: Cluster) -> None:
+    card = page.locator('[data-worker="decode-0"]')
+    expect(card).to_contain_text("running", timeout=PATIENCE_MS)
+    os.kill(cluster_of_two.pids()["decode-0"], signal.SIGKILL)
+    expect(card).to_have_class("worker decode gone", timeout=PATIENCE_MS)
+    expect(card).to_contain_text("not answering")
+    expect(card).not_to_have_class("worker decode gone", timeout=PATIENCE_MS)
+    expect(card).to_contain_text("running", timeout=PATIENCE_MS)
