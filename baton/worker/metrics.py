@@ -51,6 +51,9 @@ PULLS = Counter(
 )
 PREFILLS = Counter("baton_prefills", "First tokens produced for requests decoded here, by where", ["kind"])
 ROLE_CHANGES = Counter("baton_role_changes", "Times this worker got another role, by the new one", ["role"])
+MOVES = Counter(
+    "baton_moves", "Requests decoding elsewhere that this worker was to take over, by outcome", ["outcome"]
+)
 DRAINS = Counter("baton_drains", "Times this worker was drained, by whether all its work ended", ["outcome"])
 
 
