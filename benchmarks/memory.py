@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baton.bench.trace import TraceRow, read_trace
 from baton.config import Settings
-from baton.engine.pacing import Pace
 from baton.engine.scheduler import Limits, Scheduler
 from baton.kv.pool import BlockPool
+from baton.routing.pacing import Pace
 from baton.routing.view import Curve
 from baton.sim.job import Job, SimSequence
 from baton.sim.workload import SimRequest, from_trace

@@ -9,11 +9,11 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from functools import partial
 
-from baton.engine.pacing import UNBOUNDED, Pace
 from baton.engine.sequence import Sequence, State, Work, longest_reusable
 from baton.errors import Overloaded, PoolTooSmall
 from baton.kv.lower import Held
 from baton.kv.pool import BlockPool, NoFreeBlocks
+from baton.routing.pacing import UNBOUNDED, Pace
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: Limits, pace: Pace = UNBOUNDED) -> None:
         self.pool = pool
         self.limits = limits
-        self._pace = pace
+        self.pace = pace
         self._most_decoding = pace.decoding(limits.max_batch_requests)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -146,7 +146,7 @@ class Scheduler:
                     budget -= 1
                 elif self._in_flight:
                     return []
-        budget = self._pace.prompt_tokens(len(batch), budget)
+        budget = self.pace.prompt_tokens(len(batch), budget)
         for sequence in self.running:
             if sequence.remaining > 1 and budget > 0:
                 take = min(sequence.remaining, budget)

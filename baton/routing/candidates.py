@@ -9,7 +9,7 @@ from typing import NamedTuple
 from baton.routing.choice import requests_on
 from baton.routing.cost import (
     PrefillCost,
-    breach_s,
+    beside_decoding,
     decode_cost_s,
     interference_s,
     prefill_cost,
@@ -170,7 +170,8 @@ def _local(
             if not side.worker.prefill_curve.points:
                 continue
             reason = "faster here"
-            disturbs_s = max(breach_s(side.worker, prefill), _CAUTION_S, _CAUTION * prefill.work_s)
+            prefill, breached_s = beside_decoding(side.worker, request, prefill)
+            disturbs_s = max(breached_s, _CAUTION_S, _CAUTION * prefill.work_s)
         found.append(_offer(request, side, prefill, 0.0, disturbs_s, reason))
     return found
 

@@ -11,6 +11,7 @@ from heapq import nlargest
 from math import inf
 from typing import NamedTuple
 
+from baton.routing.pacing import Pace
 from baton.routing.placement import PullSource
 from baton.routing.view import ClusterView, Request, WorkerView
 
@@ -21,6 +22,7 @@ _SOURCES = 3
 """Workers considered to pull from: those that hold the most. Those that hold less save less."""
 
 _PAUSE = 4.0
+"""How much more a wait in the middle of an answer counts than one before it."""
 
 _FORESEEN_STEPS = 64
 """Decode steps over which a request's weight on its batch is counted: outputs end unannounced, so
@@ -153,13 +155,19 @@ def interference_s(worker: WorkerView, prefill: PrefillCost) -> float:
     return worker.running * prefill.compute_s
 
 
-def breach_s(worker: WorkerView, prefill: PrefillCost) -> float:
-    """What it weighs that a decode worker, to which others bring prompts, breaks off to prefill.
+def beside_decoding(worker: WorkerView, request: Request, prefill: PrefillCost) -> tuple[PrefillCost, float]:
+    """The prefill on a decode worker to which others bring prompts, and what it weighs that it disturbs.
 
-    A pause in the middle of answers is noticed more than the same wait before one, so it counts `_PAUSE`
-    times; also for the requests whose prompts are being prefilled elsewhere and that come meanwhile.
+    A worker that can keep to its ITL target meanwhile computes the prompt in smaller steps and disturbs
+    nobody beyond what was agreed to. Any other breaks off: a pause in the middle of answers is noticed more
+    than the same wait before one, so it counts `_PAUSE` times; also for the requests whose prompts are being
+    prefilled elsewhere and that come meanwhile.
     """
-    return _PAUSE * (worker.running + worker.waiting) * prefill.compute_s
+    pace = Pace(worker.itl_target_s, worker.prefill_curve, worker.decode_curve)
+    paced_s = pace.paced_s(max(1, worker.running), request.prompt_tokens - prefill.cached_tokens)
+    if paced_s is None:
+        return prefill, _PAUSE * (worker.running + worker.waiting) * prefill.compute_s
+    return prefill._replace(compute_s=max(paced_s, prefill.compute_s)), 0.0
 
 
 def transfer_s(decode: WorkerView, prefill: WorkerView, request: Request) -> float:

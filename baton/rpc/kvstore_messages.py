@@ -195,14 +195,15 @@ def worker_view(
         draining=draining,
         prefill_curve=_curve(worker.prefill_curve),
         decode_curve=_curve(worker.decode_curve),
+        itl_target_s=_positive(worker.itl_target_s),
         read_bytes_per_s={peer: rate for peer, rate in read_bytes_per_s.items() if 0 < rate < float("inf")},
-        host_bytes_per_s=_rate(worker.host_bytes_per_s),
-        disk_bytes_per_s=_rate(worker.disk_bytes_per_s),
+        host_bytes_per_s=_positive(worker.host_bytes_per_s),
+        disk_bytes_per_s=_positive(worker.disk_bytes_per_s),
     )
 
 
-def _rate(measured: float) -> float:
-    return measured if 0 < measured < float("inf") else 0.0
+def _positive(value: float) -> float:
+    return value if 0 < value < float("inf") else 0.0
 
 
 def _curve(points: Sequence[kvstore_pb2.CurvePoint]) -> Curve:

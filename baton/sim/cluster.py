@@ -19,7 +19,8 @@ class WorkerSpec:
     """One worker: what it does, how fast its steps are, and the limits of its scheduler.
 
     `kv_blocks` are of the cluster's `block_tokens`; `network_bytes_per_s` is what its network card carries
-    each way; `gpus` is what it costs, in devices; `scheduler` chooses its steps.
+    each way; `itl_target_s` is as the setting of that name; `gpus` is what it costs, in devices; `scheduler`
+    chooses its steps.
     """
 
     role: Role
@@ -28,6 +29,7 @@ class WorkerSpec:
     max_batch_tokens: int = 2048
     max_batch_requests: int = 256
     max_waiting: int = 1024
+    itl_target_s: float = 0.0
     network_bytes_per_s: float = 12.5e9
     gpus: int = 1
     scheduler: type[Scheduler] = Scheduler

@@ -160,6 +160,7 @@ class SimRouter:
             draining=worker.draining,
             prefill_curve=curve,
             decode_curve=worker.decode_curve,
+            itl_target_s=worker.spec.itl_target_s,
             read_bytes_per_s=self._fleet.read_rates(worker.spec.network_bytes_per_s),
         )
         self._known[worker_id] = made, view

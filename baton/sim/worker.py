@@ -15,6 +15,7 @@ from baton.engine.scheduler import Limits, Scheduled
 from baton.engine.sequence import State, Work
 from baton.kv.events import Event
 from baton.kv.pool import BlockPool
+from baton.routing.pacing import Pace
 from baton.sim.clock import Clock
 from baton.sim.cluster import SimCluster, WorkerSpec, WorkerTotals
 from baton.sim.job import Job, SimSequence
@@ -103,7 +104,10 @@ class SimWorker:
         self.alive = True
         self.pool = BlockPool(spec.kv_blocks)
         limits = Limits(spec.max_batch_tokens, spec.max_batch_requests, spec.max_waiting)
-        self.scheduler = spec.scheduler(self.pool, limits)
+        self.prefill_curve = spec.speed.prefill_curve(spec.max_batch_tokens)
+        self.decode_curve = spec.speed.decode_curve(spec.max_batch_requests)
+        pace = Pace(spec.itl_target_s, self.prefill_curve, self.decode_curve)
+        self.scheduler = spec.scheduler(self.pool, limits, pace)
         self.reservations = Reservations(self.scheduler)
         self.card = Card(spec.network_bytes_per_s)
         self.messages = count(1)
@@ -111,8 +115,6 @@ class SimWorker:
         self.jobs: dict[Job, None] = {}
         self.handoffs: dict[Handoff, None] = {}
         self.pulls: dict[Pull, None] = {}
-        self.prefill_curve = spec.speed.prefill_curve(spec.max_batch_tokens)
-        self.decode_curve = spec.speed.decode_curve(spec.max_batch_requests)
         self.totals = WorkerTotals(worker_id, spec.gpus, world.clock.now_s, role=spec.role)
         self._world = world
         self._clock = world.clock

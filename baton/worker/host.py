@@ -22,7 +22,6 @@ from baton.engine.costs import Costs, peak_of
 from baton.engine.curves import knee, measure_decode, measure_prefill
 from baton.engine.engine import Engine, Stop
 from baton.engine.graphs import DecodeGraphs
-from baton.engine.pacing import Pace
 from baton.engine.runner import Runner
 from baton.engine.scheduler import Limits, Scheduler
 from baton.errors import BatonError, HandoffFailed
@@ -33,6 +32,7 @@ from baton.machine import usable_cores
 from baton.model_folder import model_folder
 from baton.models.base import Model
 from baton.models.loader import load_model
+from baton.routing.pacing import Pace
 from baton.routing.rates import notably_differ
 from baton.routing.view import Curve, Role
 from baton.rpc.kvstore_client import WorkerMembership
@@ -382,6 +382,7 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         device=device,
         prefill_curve=_points(loaded.prefill_curve),
         decode_curve=_points(loaded.decode_curve),
+        itl_target_s=loaded.scheduler.pace.itl_target_s,
     )
 
 

@@ -87,6 +87,12 @@ class TestPrefix:
         assert place(prompt(600), busy, decoder()).prefill is None
         assert place(prompt(600), busy, decoder(**there)).prefill is not None
 
+    def test_a_decode_worker_that_keeps_to_its_itl_target_takes_a_prompt_beside_answers(self) -> None:
+        busy = prefiller(queued_tokens=3000, waiting=2)
+        assert place(prompt(600), busy, decoder(running=4)).prefill is not None
+        assert place(prompt(600), busy, decoder(running=4, itl_target_s=0.05)).prefill is None
+        assert place(prompt(600), busy, decoder(running=4, itl_target_s=0.001)).prefill is not None
+
     def test_the_prefill_worker_that_holds_the_prefix_gets_the_prompt(self) -> None:
         placement = place(prompt(2000, held={"p1": 100}), prefiller("p0"), prefiller("p1"), decoder())
         assert placement.prefill is not None

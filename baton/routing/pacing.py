@@ -46,6 +46,17 @@ class Pace:
                 exceeds = middle
         return min(most, max(fits, LEAST_PROMPT_TOKENS))
 
+    def paced_s(self, decoding: int, prompt_tokens: int) -> float | None:
+        """Predicted seconds to compute a prompt in steps that keep to the target with `decoding` requests.
+
+        None where no step that advances the prompt does, or nothing bounds them.
+        """
+        if not self.itl_target_s:
+            return None
+        chunk = self.prompt_tokens(decoding, prompt_tokens)
+        chunk_s = self.step_s(decoding, chunk)
+        return chunk_s * prompt_tokens / chunk if chunk_s <= self.itl_target_s else None
+
     def decoding(self, most: int) -> int:
         """Requests, at most `most` and at least one, that may decode together."""
         if not self.itl_target_s:

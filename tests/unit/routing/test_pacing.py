@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.engine.pacing import LEAST_PROMPT_TOKENS, Pace
 from baton.engine.scheduler import Limits, Scheduled, Scheduler
 from baton.engine.sequence import Sequence, Work
 from baton.kv.pool import BlockPool
+from baton.routing.pacing import LEAST_PROMPT_TOKENS, Pace
 from baton.routing.view import Curve
 from baton.sampling import Sampling
 
@@ -129,3 +129,19 @@ def test_who_is_read_here_beyond_the_target_begins_when_another_ends() -> None:
         seen.append([item.sequence.key for item in batch])
         finish_step(scheduler, batch)
     assert seen == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("target_s", "decoding", "taken_s"),
+    [
+        (0.05, 1, 64 / 40 * 0.05),  # 40 tokens and one request in each step
+        (0.05, 6, 64 / 30 * 0.05),
+        (0.5, 1, 0.074),  # one step
+        (0.02, 1, None),
+        (0.0, 1, None),
+    ],
+)
+def test_a_prompt_takes_as_many_steps_as_the_target_asks(
+    target_s: float, decoding: int, taken_s: float | None
+) -> None:
+    assert pace(target_s).paced_s(decoding, 64) == (taken_s and pytest.approx(taken_s))
