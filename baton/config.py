@@ -90,6 +90,11 @@ class EngineSettings:
     )
     max_batch_requests: int = setting(64, "requests decoded per engine step at most", minimum=1)
     max_waiting: int = setting(1024, "requests a worker queues before it refuses more", minimum=1)
+    step_timeout_s: float = setting(
+        120.0,
+        "seconds an engine step may take before the worker counts as stuck and ends, to be started anew",
+        minimum=0.1,
+    )
     overlap: Literal["auto", "on", "off"] = setting(
         "auto",
         "begin an engine step while the device computes the one before; auto is on on cuda, off on cpu",

@@ -44,6 +44,11 @@ class Tally:
         self._idle_s += time.monotonic() - self._idle_since_s
         self._idle_since_s = 0.0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to compute now."""
+        return bool(self._idle_since_s)
+
     def busy_s(self) -> float:
         """Seconds with something to compute, from the start until now."""
         now_s = time.monotonic()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from baton.engine.costs import Tally
+from baton.engine.freezing import Freezer
 from baton.engine.interfaces import (
     BlockRange,
     Load,
@@ -42,6 +43,9 @@ from baton.kv.lower import Spill
 from baton.sampling import FinishReason
 
 log = logging.getLogger(__name__)
+
+THREAD = "engine"
+"""Name of the thread that runs the loop."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,15 @@ class Engine:
     _stopping: bool = field(default=False, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _reservations: Reservations = field(init=False)
+    _freezer: Freezer = field(init=False)
 
     def __post_init__(self) -> None:
         self._reservations = Reservations(self.scheduler)
+        self._freezer = Freezer(self.scheduler)
         self.scheduler.max_model_len = self.stop_rule.max_model_len
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -113,12 +119,49 @@ class Engine:
         Also how a reader's lease on finished prefill work ends. Nothing happens if it is finished.
         """
         with self._changed:
-            if choice.state is State.LOADING:
+            if choice.state is State.LOADING or (choice.state is State.HOLDING and choice.frozen):
                 choice.cancelled = True
             elif choice.state not in (State.ENDING, State.FINISHED):
                 self.scheduler.release(choice)
                 self._reservations.grant()
                 self._changed.notify()
+
+    def withdraw(self, choice: Choice) -> bool:
+        """Cancel a sequence that waits, or whose prompt is computed for nobody else; False if it goes on."""
+        with self._changed:
+            waits = choice.state in (State.WAITING, State.LOADING)
+            prefills = choice.state is State.RUNNING and choice.work is Work.GENERATE and not choice.decodes
+            if waits or prefills:
+                self.cancel(choice)
+            return waits or prefills
+
+    # ---- sequences that move ------------------------------------------------------------------
+
+    def pin_computed(self, choice: Choice) -> Pinned | None:
+        """Pin the complete blocks of a sequence, for the worker that takes it over; None when it does not
+        decode."""
+        with self._changed:
+            if choice.state is not State.RUNNING or not choice.decodes:
+                return None
+            return self._reservations.pin(choice.chain(choice.shared))
+
+    def freeze(self, choice: Choice) -> Future[bool]:
+        """Stop a decoding sequence after the steps it is in, with all they brought reported.
+
+        The future always comes to a result: whether it has stopped. `thaw` must follow in either case; until
+        then nothing writes to its blocks or frees them.
+        """
+        with self._changed:
+            asked = self._freezer.freeze(choice)
+            self._changed.notify()
+            return asked
+
+    def thaw(self, choice: Choice) -> None:
+        """Let a frozen sequence go on, or end it if it was cancelled meanwhile."""
+        with self._changed:
+            self._freezer.thaw(choice)
+            self._reservations.grant()
+            self._changed.notify()
 
     # ---- blocks for handoffs ------------------------------------------------------------------
 
@@ -139,7 +182,7 @@ class Engine:
     def adopt(self, reservation: Reservation, choice: Choice) -> None:
         """Decode a sequence whose context, but for its last token, was read into the reservation."""
         with self._changed:
-            self._reservations.hand_over(reservation)
+            self._reservations.hand_over(reservation, choice.blocks_for(len(choice.tokens)))
             self.scheduler.adopt(choice, reservation.blocks, reservation.held)
             choice.decoding_since_s = time.monotonic()
             self._move([])
@@ -225,8 +268,12 @@ class Engine:
 
     def _next_batch(self, *, wait: bool) -> list[Scheduled]:
         """The next step; empty when stopping or, unless told to wait for one, when there is none now."""
-        with self._changed:
-            while not self._stopping:
+        while True:
+            with self._changed:
+                if self._stopping:
+                    return []
+                self._freezer.settle()
+                early = self._expire()
                 self.scheduler.admits = not self._reservations.waiting
                 batch = self.scheduler.schedule()
                 self._move(self.scheduler.take_loads())
@@ -234,17 +281,26 @@ class Engine:
                     now = time.monotonic()
                     for item in batch:
                         item.sequence.first_scheduled_s = item.sequence.first_scheduled_s or now
-                    early = [Output(s, ready=r) for s in _choices(batch) if (r := _newly_ready(s))]
-                    break
-                if not wait:
-                    return []
-                with self.tally.idle():
-                    self._changed.wait()
+                    early += [Output(s, ready=r) for s in _choices(batch) if (r := _newly_ready(s))]
+                elif wait and not early:
+                    with self.tally.idle():
+                        self._changed.wait()
+            if early:
+                self.observer.outputs(early)
+            if batch or not wait:
+                return batch
+
+    def _expire(self) -> list[Output]:
+        """End what nobody waits for any more."""
+        late = self.scheduler.expired(time.monotonic())
+        for choice in late:
+            if choice.work is Work.PREFILL and choice.state is State.RUNNING:
+                self.scheduler.hold(choice)  # a reader may still be reading what was announced
             else:
-                return []
-        if early:
-            self.observer.outputs(early)
-        return batch
+                self.scheduler.release(choice)
+        if late:
+            self._reservations.grant()
+        return [Output(choice, error="its time is over", expired=True) for choice in late]
 
     def _begin(self, batch: list[Scheduled], running: _Running | None) -> _Running | None:
         try:

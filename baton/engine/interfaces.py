@@ -24,7 +24,8 @@ class BlockRange:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step brought one sequence. `error` ends it without a finish reason."""
+    """What one step brought one sequence. `error` ends it without a finish reason, and so does its deadline,
+    when it has `expired`."""
 
     choice: Choice
     sampled: Sampled | None = None
@@ -36,6 +37,7 @@ class Output:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     error: str = ""
+    expired: bool = False
 
 
 @dataclass(frozen=True)

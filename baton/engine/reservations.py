@@ -70,8 +70,9 @@ class Reservations:
 
     def reserve(self, reservation: Reservation, total: int) -> Future[None]:
         """See `Engine.reserve`."""
-        reservation.wanted = total - reservation.held
+        reservation.wanted = total - len(reservation.blocks)
         reservation.granted = Future()
+        reservation.granted.set_running_or_notify_cancel()  # whoever waits may give up
         if reservation.lost:
             reservation.granted.set_exception(_starved())
         else:
@@ -79,9 +80,11 @@ class Reservations:
             self.grant()
         return reservation.granted
 
-    def hand_over(self, reservation: Reservation) -> None:
-        """Its blocks belong to a sequence from now on."""
+    def hand_over(self, reservation: Reservation, blocks: int) -> None:
+        """Its first `blocks` blocks belong to a sequence from now on; those beyond were not needed."""
         self._reservations.remove(reservation)
+        self._scheduler.pool.release(reservation.blocks[blocks:])
+        del reservation.blocks[blocks:]
 
     def drop(self, reservation: Reservation) -> None:
         """Give a reservation's blocks back; nothing happens if that was done."""

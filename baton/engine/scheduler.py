@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
@@ -59,7 +60,8 @@ class Scheduler:
     budget with prompt chunks, oldest first. A sequence gets blocks for its whole context when it is
     admitted, so a prompt once started always finishes; when a decoding sequence needs a block and
     none is left, the youngest running sequence gives up its blocks and is recomputed later.
-    While `admits` is false nothing new is admitted: whoever set it needs the blocks first.
+    While `admits` is false nothing new is admitted: whoever set it needs the blocks first. Frozen sequences
+    sit steps out.
 
     `pace` bounds the prompt tokens in a step in which sequences decode, and how many decode together:
     a sequence that would be one too many begins when another has ended.
@@ -84,6 +86,7 @@ class Scheduler:
         self.admits = True
         self.max_model_len = sys.maxsize
         self._in_flight = 0
+        self._first_deadline_s = math.inf
 
     @property
     def queued_tokens(self) -> int:
@@ -103,6 +106,7 @@ class Scheduler:
         self.require_fit(sequence)
         if len(self.waiting) >= self.limits.max_waiting:
             raise Overloaded(f"{len(self.waiting)} requests are waiting (--max-waiting)", retry_after_s=1.0)
+        self._heed(sequence)
         self.waiting.append(sequence)
 
     def require_fit(self, sequence: Sequence) -> None:
@@ -126,6 +130,7 @@ class Scheduler:
         sequence.computed = len(sequence.tokens) - 1
         sequence.state = State.RUNNING
         self._share_full_blocks(sequence)
+        self._heed(sequence)
         self.running.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
@@ -138,7 +143,9 @@ class Scheduler:
         budget = self.limits.max_batch_tokens
         self._let_decode()
         for sequence in list(self.running):
-            if budget == 0 or sequence.state is not State.RUNNING or self._waits_to_decode(sequence):
+            if budget == 0 or sequence.state is not State.RUNNING or sequence.frozen:
+                continue
+            if self._waits_to_decode(sequence):
                 continue
             if sequence.remaining == 1 and not self._last_is_pending(sequence):
                 if self._grow(sequence, batch):
@@ -148,7 +155,7 @@ class Scheduler:
                     return []
         budget = self.pace.prompt_tokens(len(batch), budget)
         for sequence in self.running:
-            if sequence.remaining > 1 and budget > 0:
+            if sequence.remaining > 1 and budget > 0 and not sequence.frozen:
                 take = min(sequence.remaining, budget)
                 batch.append(Scheduled.next_of(sequence, take))
                 budget -= take
@@ -200,6 +207,26 @@ class Scheduler:
         sequence.state = State.HOLDING
         self.holding.add(sequence)
 
+    def resume(self, sequence: Sequence) -> None:
+        """Run a sequence again that was held."""
+        self.holding.remove(sequence)
+        sequence.state = State.RUNNING
+        self._heed(sequence)
+        self.running.append(sequence)
+
+    def expired(self, now_s: float) -> list[Sequence]:
+        """Sequences whose deadline has passed before they ended; the caller ends them."""
+        if now_s < self._first_deadline_s:
+            return []
+        late, others = [], [math.inf]
+        for sequence in (*self.running, *self.waiting):
+            if sequence.deadline_s <= now_s and not sequence.frozen:
+                late.append(sequence)
+            else:
+                others.append(sequence.deadline_s)
+        self._first_deadline_s = min(others)
+        return late
+
     def release(self, sequence: Sequence) -> None:
         """Take a sequence out and free its blocks, now or when the steps it is in have ended; nothing may be
         loaded into them."""
@@ -216,6 +243,9 @@ class Scheduler:
             sequence.state = State.ENDING
         else:
             self._finish(sequence)
+
+    def _heed(self, sequence: Sequence) -> None:
+        self._first_deadline_s = min(self._first_deadline_s, sequence.deadline_s)
 
     def _let_decode(self) -> None:
         """Let the oldest sequences decode, as many as may together; who has begun goes on."""
@@ -284,6 +314,7 @@ class Scheduler:
             used = range(sequence.pulled.start, min(sequence.pulled.stop, sequence.shared))
             sequence.pulled_tokens = len(used) * sequence.block_size
         sequence.state = State.RUNNING
+        self._heed(sequence)
         self.running.append(sequence)
 
     def _grow(self, sequence: Sequence, batch: list[Scheduled]) -> bool:

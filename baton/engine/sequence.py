@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -22,7 +23,7 @@ class State(Enum):
     WAITING = auto()  # owns no blocks
     LOADING = auto()  # owns the blocks of its context; the first of them are being brought up
     RUNNING = auto()  # owns the blocks of every token it has computed
-    HOLDING = auto()  # finished prefill work: blocks pinned until the reader releases them
+    HOLDING = auto()  # finished prefill work, or frozen: blocks pinned until the reader releases them
     ENDING = auto()  # over, and its blocks are freed when the steps it is in have ended
     FINISHED = auto()  # owns no blocks
 
@@ -39,7 +40,8 @@ class Sequence:
     from each lower tier. The first `announced` blocks are known to the reader of prefill work. `chunks` are
     how many tokens each step up to the first new token computed, and when it ended. It is `copied` when its
     blocks were read from a worker that keeps them, and `held_back` until it may decode with the others.
-    `owner` is whom outputs are for and `traceparent` the trace context of the request;
+    While it is `frozen` another worker is taking it over. At `deadline_s`, in the engine's time, its client
+    stops waiting. `owner` is whom outputs are for and `traceparent` the trace context of the request;
     the engine only passes them on.
 
     The `in_flight` steps that were scheduled and have not ended compute the KV of the `ahead` tokens after
@@ -71,6 +73,8 @@ class Sequence:
     pending: int = 0
     duplicates: list[int] = field(default_factory=list)
     cancelled: bool = False
+    frozen: bool = False
+    deadline_s: float = math.inf
     arrived_s: float = 0.0
     first_scheduled_s: float = 0.0
     decoding_since_s: float = 0.0
@@ -96,6 +100,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose KV is still to be scheduled before the next token can be sampled."""
         return len(self.tokens) + self.pending - self.computed - self.ahead
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has begun to generate, and only the KV of its last token is to be computed."""
+        return self.output_len > 0 and self.remaining == 1
 
     @property
     def wants_prompt_logprobs(self) -> bool:

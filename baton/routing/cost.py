@@ -80,11 +80,16 @@ def tier_s(worker: WorkerView, request: Request, first: int, end: int) -> float:
 
 
 def pull_sources(request: Request, cluster: ClusterView) -> list[WorkerView]:
-    """The workers whose prefix others may want to read: the few that hold the most of it."""
+    """The workers whose prefix others may want to read: the few that hold the most of it. Those that drain
+    are read from as long as they are there."""
     held = request.held
     if not held:
         return []
-    holders = [worker for worker in cluster.usable(request) if held.get(worker.worker_id, 0)]
+    holders = [
+        worker
+        for worker in cluster.workers
+        if held.get(worker.worker_id, 0) and worker.worker_id not in request.avoid
+    ]
     return nlargest(_SOURCES, holders, key=lambda worker: held[worker.worker_id])
 
 

@@ -190,7 +190,7 @@ class Handoff:
         del decode.handoffs[self]
         sequence = SimSequence(self.job, self._block_tokens)
         sequence.started = True
-        decode.reservations.hand_over(reservation)
+        decode.reservations.hand_over(reservation, len(reservation.blocks))
         decode.adopt(sequence, reservation.blocks, reservation.held)
 
     def _give_up(self, reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,6 +16,9 @@ from baton.worker.convert import load_to
 from baton.worker.metrics import DRAINS, ROLE_CHANGES
 from baton.worker.peers import Peers
 from baton.worker.state import WorkerState
+
+# For routers to read their last outputs, after which a worker that leaves hangs up.
+_GOODBYE_S = 2.0
 
 ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
 
@@ -54,9 +58,10 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
     ) -> worker_pb2.SetRoleResponse:
         if request.role not in ROLES:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"role: {request.role} is not a role")
-        previous, self._state.role = self._state.role, ROLES[request.role]
-        if self._state.role is not previous:
-            ROLE_CHANGES.labels(self._state.role.value).inc()
+        previous, role = self._state.role, ROLES[request.role]
+        if role is not previous:
+            self._state.become(role)
+            ROLE_CHANGES.labels(role.value).inc()
         self._announce()
         return worker_pb2.SetRoleResponse(previous=ROLE_NUMBERS[previous])
 
@@ -69,8 +74,8 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
 
 
 async def drain(state: WorkerState, announce: Callable[[], None], timeout_s: float) -> int:
-    """Refuse new work and wait until the running work is done; how many requests were left at the end."""
-    state.draining = True
+    """Refuse new work and wait until what there is has moved away or ended; how many requests are left."""
+    state.drain()
     announce()
     try:
         async with asyncio.timeout(timeout_s):
@@ -81,6 +86,16 @@ async def drain(state: WorkerState, announce: Callable[[], None], timeout_s: flo
     unfinished = _unfinished(state)
     DRAINS.labels("unfinished" if unfinished else "done").inc()
     return unfinished
+
+
+async def end_sessions(state: WorkerState) -> None:
+    """Let routers read to the end what they were sent, and close their sessions."""
+    for session in list(state.routers.values()):
+        session.end()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_GOODBYE_S):
+            while state.sessions:  # noqa: ASYNC110 - each ends with a call of its own
+                await asyncio.sleep(0.01)
 
 
 def _unfinished(state: WorkerState) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 from baton.engine.interfaces import Load, Output
+from baton.engine.sequence import Sequence as Choice
 from baton.errors import InvalidRequest
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.sampling import FinishReason, PositionLogprobs, Sampling, TokenLogprob
 
+_SHORTEST_S = 0.001
 _FINISH = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
@@ -53,6 +56,13 @@ def sampling_from(message: worker_pb2.Sampling, vocab_size: int) -> Sampling:
     )
 
 
+def remaining_s(choice: Choice) -> float:
+    """How long the choice's client still waits, as a message says it: 0 for ever."""
+    if choice.deadline_s == math.inf:
+        return 0.0
+    return max(_SHORTEST_S, choice.deadline_s - time.monotonic())
+
+
 def context_from(
     prompt: Sequence[int], output: Sequence[int], vocab_size: int, max_model_len: int
 ) -> list[int]:
@@ -94,7 +104,8 @@ def output_to(key: int, output: Output) -> worker_pb2.RequestOutput:
     """What a decode worker tells the router of one step of one request."""
     message = worker_pb2.RequestOutput(key=key)
     if output.error:
-        message.error.kind = worker_pb2.RequestError.INTERNAL
+        kinds = worker_pb2.RequestError
+        message.error.kind = kinds.EXPIRED if output.expired else kinds.INTERNAL
         message.error.message = output.error
         return message
     if output.sampled is not None:

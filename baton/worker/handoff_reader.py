@@ -11,16 +11,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import grpc
 
 from baton import tracing
+from baton.engine.engine import Engine
 from baton.engine.reservations import Reservation
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
-from baton.errors import HandoffFailed
+from baton.errors import HandoffFailed, PrefillRefused
 from baton.rpc.v1 import inference_pb2, worker_pb2
-from baton.worker.convert import forwarded_to
+from baton.worker.convert import forwarded_to, remaining_s
 from baton.worker.metrics import HANDOFF_PHASES, HANDOFFS, PREFILLS
 from baton.worker.peers import Peer, Peers
 from baton.worker.state import WorkerState
@@ -28,6 +30,7 @@ from baton.worker.state import WorkerState
 log = logging.getLogger(__name__)
 
 Send = Callable[[worker_pb2.RequestOutput], None]
+HandoffCall: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]"
 
 
 class HandoffReader:
@@ -54,7 +57,7 @@ class HandoffReader:
         state = self._state
         clock = _Clock()
         chain = choice.chain(longest_reusable(choice.tokens, choice.block_size))
-        reservation = await self._pin_prefix([] if choice.wants_prompt_logprobs else chain)
+        reservation = await pin_prefix(state.engine, [] if choice.wants_prompt_logprobs else chain)
         state.handoffs_reading += 1
         outcome = "cancelled"
         try:
@@ -79,16 +82,6 @@ class HandoffReader:
                 clock.trace(start.traceparent, {"worker": state.worker_id, "outcome": outcome})
             if choice not in self._complete:
                 state.engine.drop(reservation)
-
-    async def _pin_prefix(self, chain: Sequence[bytes]) -> Reservation:
-        """Pin what this worker holds of the chain, after bringing it up from lower tiers."""
-        engine = self._state.engine
-        pinning = engine.pin_all(chain)
-        try:
-            await asyncio.wrap_future(pinning)
-            return engine.pin_prefix(chain)
-        finally:
-            pinning.add_done_callback(lambda done: engine.unpin(done.result()))
 
     def adopt(self, choice: Choice) -> None:
         """Start decoding a choice whose `read` completed."""
@@ -149,7 +142,8 @@ class _Exchange:
                 await reading
                 tail_s = self.clock.ended("tail")
                 await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
-                if (await self._next(call)).WhichOneof("message") != "released":
+                released = await next_response(call, self.peer, self.timeout_s)
+                if released.WhichOneof("message") != "released":
                     raise HandoffFailed(f"{self.peer} answered Done with something other than Released")
                 self.report.tail_s = tail_s + self.clock.ended("release")
             return False
@@ -162,12 +156,12 @@ class _Exchange:
 
     async def _receive(
         self,
-        call: grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse],
+        call: HandoffCall,
         ready: asyncio.Queue[worker_pb2.BlocksReady],
     ) -> bool:
         """Take messages up to the last BlocksReady; True when the first token ended the request."""
         while True:
-            response = await self._next(call)
+            response = await next_response(call, self.peer, self.timeout_s)
             match response.WhichOneof("message"):
                 case "first_token":
                     first = response.first_token
@@ -210,23 +204,10 @@ class _Exchange:
     async def _read(self, message: worker_pb2.BlocksReady) -> None:
         first = message.first_index
         destination = self.reservation.blocks[first : first + len(message.block_ids)]
-        report = await self.peers.read(
-            self.peer, list(message.block_ids), destination, self.timeout_s, message.digests
-        )
+        source = list(message.block_ids)
+        report = await self.peers.read(self.peer, source, destination, self.timeout_s, message.digests)
         self.report.bytes += report.bytes
         self.report.read_s += report.seconds
-
-    async def _next(
-        self, call: grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]
-    ) -> worker_pb2.HandoffResponse:
-        try:
-            response = await asyncio.wait_for(call.read(), self.timeout_s)
-        except TimeoutError as error:
-            raise HandoffFailed(f"{self.peer} sent nothing for {self.timeout_s:g} s") from error
-        if isinstance(response, worker_pb2.HandoffResponse):
-            return response
-        code, details = await call.code(), await call.details()
-        raise HandoffFailed(f"{self.peer} ended the handoff early: {code.name}: {details}")
 
     def _begin(self) -> worker_pb2.Begin:
         return worker_pb2.Begin(
@@ -236,11 +217,41 @@ class _Exchange:
             output_token_ids=self.start.output_token_ids,
             sampling=self.start.sampling,
             cache_salt=self.start.cache_salt,
+            timeout_s=remaining_s(self.choice),
             held_blocks=self.reservation.held,
-            traceparent=self.start.traceparent,
             verify=self.peers.verify,
+            traceparent=self.start.traceparent,
             pull=self.start.pull if self.start.HasField("pull") else None,
         )
+
+
+async def pin_prefix(engine: Engine, chain: Sequence[bytes]) -> Reservation:
+    """Pin what this worker holds of the chain, after bringing it up from lower tiers."""
+    pinning = engine.pin_all(chain)
+    try:
+        await asyncio.wrap_future(pinning)
+        return engine.pin_prefix(chain)
+    finally:
+        pinning.add_done_callback(lambda done: engine.unpin(done.result()))
+
+
+async def next_response(call: HandoffCall, peer: Peer, timeout_s: float) -> worker_pb2.HandoffResponse:
+    """What `peer` says next on a handoff.
+
+    Raises:
+        PrefillRefused: it takes no prompts now.
+        HandoffFailed: it ended the stream, or said nothing for `timeout_s` seconds.
+    """
+    try:
+        response = await asyncio.wait_for(call.read(), timeout_s)
+    except TimeoutError as error:
+        raise HandoffFailed(f"{peer} sent nothing for {timeout_s:g} s") from error
+    if isinstance(response, worker_pb2.HandoffResponse):
+        return response
+    code, details = await call.code(), await call.details()
+    if code is grpc.StatusCode.ABORTED:
+        raise PrefillRefused(f"{peer}: {details}")
+    raise HandoffFailed(f"{peer} ended the handoff early: {code.name}: {details}")
 
 
 def _first_failure(group: ExceptionGroup[Exception], peer: Peer) -> HandoffFailed:

@@ -11,18 +11,17 @@ import grpc
 
 from baton.engine.interfaces import Output
 from baton.engine.sequence import Work
-from baton.errors import BatonError, HandoffFailed, Unavailable
+from baton.errors import BatonError, HandoffFailed, PrefillRefused, Unavailable
 from baton.kv.hashing import extend_chain
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.wire import description_to_proto
 from baton.worker.convert import first_token_to
+from baton.worker.move import HandoffContext, give
 from baton.worker.pull import Puller
 from baton.worker.state import WorkerState
 from baton.worker.traces import trace_prefill
 
 log = logging.getLogger(__name__)
-
-HandoffContext = grpc.aio.ServicerContext[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]
 
 
 class KvService(worker_pb2_grpc.KvServicer):
@@ -49,10 +48,15 @@ class KvService(worker_pb2_grpc.KvServicer):
             if message is None or not message.HasField("begin"):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be begin")
             self._check(message.begin)
-            if message.begin.purpose == worker_pb2.PULL:
-                await self._lend(message.begin, request_iterator, context)
-            else:
-                await self._prefill(message.begin, request_iterator, context)
+            match message.begin.purpose:
+                case worker_pb2.PULL:
+                    await self._lend(message.begin, request_iterator, context)
+                case worker_pb2.MOVE:
+                    await give(self._state, message.begin, request_iterator, context)
+                case _:
+                    await self._prefill(message.begin, request_iterator, context)
+        except PrefillRefused as error:
+            await context.abort(error.grpc_code, error.message)
         except HandoffFailed as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         except BatonError as error:
@@ -67,15 +71,23 @@ class KvService(worker_pb2_grpc.KvServicer):
         context: HandoffContext,
     ) -> None:
         """Prefill, announce, wait for Done. However this ends, the blocks are freed after it."""
-        lease = _Lease()
-        choice = self._state.choice(begin, lease, Work.PREFILL)
+        state, lease = self._state, _Lease()
+        self._check_role()
+        choice = state.choice(begin, lease, Work.PREFILL)
         choice.announced = begin.held_blocks
         if begin.HasField("pull"):
             await self._puller.pull(choice, begin.pull)
-        self._state.engine.submit(choice)
+            self._check_role()
+
+        def heed() -> None:
+            if not state.takes_prompts and state.engine.withdraw(choice):
+                lease.refuse(self._refusal())
+
+        state.engine.submit(choice)
         try:
-            while not await self._announce(output := await lease.next(), begin, context):
-                pass
+            with state.told(heed):
+                while not await self._announce(output := await lease.next(), begin, context):
+                    pass
             self._state.metrics.began(output)
             trace_prefill(choice, self._state.worker_id)
             if output.finish_reason is not None:
@@ -135,24 +147,35 @@ class KvService(worker_pb2_grpc.KvServicer):
         state = self._state
         if begin.incarnation != state.incarnation:
             _refuse(f"this is incarnation {state.incarnation}, not {begin.incarnation}")
-        if state.draining:
-            raise Unavailable("the worker is draining")
-        if begin.purpose == worker_pb2.PREFILL and not state.role.prefills_for_others:
-            _refuse(f"worker {state.worker_id} has role {state.role.value} and prefills for nobody else")
+
+    def _check_role(self) -> None:
+        if not self._state.takes_prompts:
+            raise self._refusal()
+
+    def _refusal(self) -> PrefillRefused:
+        state = self._state
+        why = "drains" if state.draining else f"has role {state.role.value}"
+        return PrefillRefused(f"worker {state.worker_id} {why} and prefills for nobody else")
 
 
 class _Lease:
     """Receives the outputs of one handoff's prefill."""
 
     def __init__(self) -> None:
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._outputs: asyncio.Queue[Output | PrefillRefused] = asyncio.Queue()
 
     def deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             self._outputs.put_nowait(output)
 
+    def refuse(self, refusal: PrefillRefused) -> None:
+        self._outputs.put_nowait(refusal)
+
     async def next(self) -> Output:
-        return await self._outputs.get()
+        output = await self._outputs.get()
+        if isinstance(output, PrefillRefused):
+            raise output
+        return output
 
 
 async def _release(requests: AsyncIterator[worker_pb2.HandoffRequest], context: HandoffContext) -> bool:

@@ -45,17 +45,19 @@ from baton.tiers.disk import BlockFile
 from baton.tiers.store import TierStore
 from baton.transfer import create_transfer
 from baton.transfer.wire import layout_to_proto
-from baton.worker.admin import ROLE_NUMBERS, AdminService, drain
+from baton.worker.admin import ROLE_NUMBERS, AdminService, drain, end_sessions
 from baton.worker.convert import load_to
 from baton.worker.handoff_reader import HandoffReader
 from baton.worker.handoff_server import KvService
 from baton.worker.metrics import EngineCollector, RequestMetrics, WorkerFacts
+from baton.worker.move import Mover
 from baton.worker.peers import Peers
 from baton.worker.pull import Puller
 from baton.worker.session import DecodeService
 from baton.worker.sizing import pool_blocks
 from baton.worker.startup import Startup
 from baton.worker.state import Dispatch, ServedModel, WorkerState
+from baton.worker.watchdog import end_when_stuck
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +264,7 @@ class Worker:
         REGISTRY.register(_collector(state, model, cache))
         reader = HandoffReader(state, peers, chosen.handoff_timeout_s)
         puller = Puller(state, peers, chosen.pull_timeout_s)
-        decode = DecodeService(state, reader, puller)
+        decode = DecodeService(state, reader, puller, Mover(state, peers, chosen.handoff_timeout_s))
         server.add(worker_pb2_grpc.add_DecodeServicer_to_server, decode, "baton.v1.Decode")
         server.add(worker_pb2_grpc.add_KvServicer_to_server, KvService(state, puller), "baton.v1.Kv")
         admin = AdminService(state, peers, worker.announce)
@@ -289,7 +291,9 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             warm_up = _WarmUp(self._peers, state.worker_id, tasks)
             watch = RegistryWatch(kvstore.kvstore, ttl_s=kvstore.worker_ttl_s, listener=warm_up)
-            background = [tasks.create_task(watch.run()), tasks.create_task(self._report())]
+            stuck = end_when_stuck(state.engine.tally, self._server, self._settings.engine.step_timeout_s)
+            jobs = (watch.run(), self._report(), stuck)
+            background = [tasks.create_task(job) for job in jobs]
             await warm_up.done(watch)
             background.append(tasks.create_task(self._membership.run()))
             await self._server.set_serving(True)
@@ -309,6 +313,7 @@ class Worker:
             if self.failure is None:
                 unfinished = await drain(state, self.announce, chosen.drain_timeout_s)
                 log.info("drained; %d requests unfinished", unfinished)
+                await end_sessions(state)
             for task in background:
                 task.cancel()
 

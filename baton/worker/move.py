@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 HandoffContext: TypeAlias = "grpc.aio.ServicerContext[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]"
 
 # A choice stands still no longer than this for a reader that says nothing.
-_FROZEN_S = 5.0
+_FROZEN_S = 3.0
 # Blocks taken beyond the context's, for the tokens that come while it is read.
 _SPARE_BLOCKS = 2
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -12,11 +14,12 @@ import grpc
 from baton.engine.interfaces import Output
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import Work
-from baton.errors import BatonError, HandoffFailed, InvalidRequest, Overloaded
+from baton.errors import BatonError, HandoffFailed, InvalidRequest, Overloaded, PrefillRefused
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.worker.convert import error_to, load_to, output_to
 from baton.worker.handoff_reader import HandoffReader
 from baton.worker.metrics import PREFILLS
+from baton.worker.move import Mover
 from baton.worker.pull import Puller
 from baton.worker.state import WorkerState
 from baton.worker.traces import trace_decode, trace_prefill
@@ -29,6 +32,7 @@ _MAX_UNSENT = 65_536
 _ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind.ValueType], ...] = (
     (InvalidRequest, worker_pb2.RequestError.INVALID),
     (Overloaded, worker_pb2.RequestError.OVERLOADED),
+    (PrefillRefused, worker_pb2.RequestError.PREFILL_REFUSED),
     (HandoffFailed, worker_pb2.RequestError.HANDOFF_FAILED),
 )
 
@@ -36,32 +40,47 @@ _ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind.ValueType], 
 class DecodeService(worker_pb2_grpc.DecodeServicer):
     """Serves sessions; each ends with its stream and takes its requests with it."""
 
-    def __init__(self, state: WorkerState, reader: HandoffReader, puller: Puller) -> None:
+    def __init__(self, state: WorkerState, reader: HandoffReader, puller: Puller, mover: Mover) -> None:
         self._state = state
-        self._reader = reader
-        self._puller = puller
+        self._sources = Sources(reader, puller, mover)
 
     async def Session(
         self,
         request_iterator: AsyncIterator[worker_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        session = Session(self._state, self._reader, self._puller)
+        session = Session(self._state, self._sources)
         self._state.sessions += 1
         try:
-            await session.serve(request_iterator, context)
+            with self._state.told(session.heed):
+                await session.serve(request_iterator, context)
         finally:
             self._state.sessions -= 1
             session.cancel_all()
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where a request's KV may come from."""
+
+    reader: HandoffReader
+    puller: Puller
+    mover: Mover
+
+
+class _Over(Exception):
+    """The worker ends the session."""
+
+
 class Session:
     """The requests of one router on this worker. Owns their choices and handoff tasks."""
 
-    def __init__(self, state: WorkerState, reader: HandoffReader, puller: Puller) -> None:
+    def __init__(self, state: WorkerState, sources: Sources) -> None:
         self._state = state
-        self._reader = reader
-        self._puller = puller
+        self._sources = sources
+        self._router_id = ""
+        self._ending = False
+        self._given: set[int] = set()
         self._keys: dict[Choice, int] = {}
         self._choices: dict[int, Choice] = {}
         self._handoffs: dict[int, asyncio.Task[None]] = {}
@@ -75,22 +94,72 @@ class Session:
         requests: AsyncIterator[worker_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        """Take messages until the router ends the stream."""
+        """Take messages until the router ends the stream, or this side has ended and everything is said."""
         self._serving = asyncio.current_task()
-        async with asyncio.TaskGroup() as tasks:
-            writer = tasks.create_task(self._write(context))
-            try:
-                async for message in requests:
-                    if message.HasField("hello"):
-                        log.info("session with router %s", message.hello.router_id)
-                    for start in message.starts:
-                        self._start(start, tasks)
-                    for key in message.cancelled_keys:
-                        self._cancel(key)
-            finally:
-                writer.cancel()
-                for task in self._handoffs.values():
-                    task.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                writer = tasks.create_task(self._write(context))
+                try:
+                    async for message in requests:
+                        self._take(message, tasks)
+                finally:
+                    writer.cancel()
+                    for task in self._handoffs.values():
+                        task.cancel()
+        except* _Over:
+            pass
+        finally:
+            if self._state.routers.get(self._router_id) is self:
+                del self._state.routers[self._router_id]
+
+    def heed(self) -> None:
+        """The worker takes other work than before: say so, and give up at once what it has not begun to
+        decode and should not. What it decodes goes on until a worker that the router names takes it over."""
+        self._filled.set()
+        if self._state.takes_decode:
+            return
+        reason = f"worker {self._state.worker_id} gives up its requests"
+        for key in list(self._handoffs):
+            self._cancel(key)
+            self._send(error_to(key, worker_pb2.RequestError.DRAINING, reason))
+        for key, choice in list(self._choices.items()):
+            if self._state.engine.withdraw(choice):
+                self._forget(key)
+                self._send(error_to(key, worker_pb2.RequestError.DRAINING, reason))
+
+    def end(self) -> None:
+        """End the stream once everything that there is to say has been written."""
+        self._ending = True
+        self._filled.set()
+
+    @contextmanager
+    def giving(self, key: int) -> Iterator[Choice]:
+        choice = self._choices.get(key)
+        if choice is None or key in self._given:
+            raise HandoffFailed("no such request decodes here, or another worker is taking it over")
+        self._given.add(key)
+        try:
+            yield choice
+        finally:
+            self._given.remove(key)
+
+    def moved(self, key: int) -> bool:
+        if key not in self._choices:
+            return False
+        self._send(error_to(key, worker_pb2.RequestError.MOVED, "another worker goes on with the request"))
+        self._cancel(key)
+        return True
+
+    def _take(self, message: worker_pb2.SessionRequest, tasks: asyncio.TaskGroup) -> None:
+        if message.HasField("hello"):
+            self._router_id = message.hello.router_id
+            self._state.routers[self._router_id] = self
+            log.info("session with router %s", self._router_id)
+            self._filled.set()
+        for start in message.starts:
+            self._start(start, tasks)
+        for key in message.cancelled_keys:
+            self._cancel(key)
 
     def deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -118,15 +187,13 @@ class Session:
 
     def _start(self, start: worker_pb2.Start, tasks: asyncio.TaskGroup) -> None:
         try:
-            if self._state.draining:
-                self._send(error_to(start.key, worker_pb2.RequestError.DRAINING, "the worker is draining"))
+            if not self._state.takes_decode:
+                why = "drains" if self._state.draining else f"has role {self._state.role.value}"
+                refusal = f"worker {self._state.worker_id} {why} and takes no decode work"
+                self._send(error_to(start.key, worker_pb2.RequestError.DRAINING, refusal))
                 return
-            if not self._state.role.decodes:
-                raise HandoffFailed(
-                    f"worker {self._state.worker_id} has role prefill and takes no decode work"
-                )
             choice = self._state.choice(start, self, Work.GENERATE)
-            if start.prefill_address or start.HasField("pull"):
+            if start.prefill_address or start.HasField("pull") or start.HasField("move_from"):
                 self._state.engine.scheduler.require_fit(choice)
                 task = tasks.create_task(self._fetch(start, choice))
                 self._handoffs[start.key] = task
@@ -136,17 +203,25 @@ class Session:
             self._refuse(start.key, error)
 
     async def _fetch(self, start: worker_pb2.Start, choice: Choice) -> None:
-        """Bring the prompt's KV here and decode, or bring what a peer holds of it and compute the rest."""
+        """Bring the KV here and decode, or bring what a peer holds of it and compute the rest."""
+        sources = self._sources
         try:
+            if start.HasField("move_from"):
+                reservation, read_blocks = await sources.mover.take(start, choice)
+                report = worker_pb2.MoveReport(output_tokens=choice.output_len, read_blocks=read_blocks)
+                self._send(worker_pb2.RequestOutput(key=start.key, moved=report))
+                self._remember(start.key, choice)
+                self._state.engine.adopt(reservation, choice)
+                return
             if not start.prefill_address:
-                await self._puller.pull(choice, start.pull)
+                await sources.puller.pull(choice, start.pull)
                 self._submit(start.key, choice)
                 return
-            transfer = await self._reader.read(start, choice, self._send)
+            transfer = await sources.reader.read(start, choice, self._send)
             if transfer is not None:
                 self._transfers[choice] = transfer
                 self._remember(start.key, choice)
-                self._reader.adopt(choice)
+                sources.reader.adopt(choice)
         except BatonError as error:
             self._refuse(start.key, error)
         except Exception as error:
@@ -193,4 +268,7 @@ class Session:
             self._filled.clear()
             outputs, self._outbox = self._outbox, []
             load = load_to(self._state.engine.load(), self._state.layout.block_bytes)
-            await context.write(worker_pb2.StepOutputs(outputs=outputs, load=load))
+            draining = not self._state.takes_decode
+            await context.write(worker_pb2.StepOutputs(outputs=outputs, load=load, draining=draining))
+            if self._ending and not self._outbox:
+                raise _Over

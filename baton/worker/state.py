@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,9 +41,27 @@ class ServedModel:
     max_model_len: int
 
 
+class RouterSession(Protocol):
+    """A router's session with this worker, as those see it who take its requests over."""
+
+    def giving(self, key: int) -> AbstractContextManager[Choice]:
+        """The request that decodes here under `key`, for one taker at a time.
+
+        Raises:
+            HandoffFailed: there is none, or somebody else is taking it.
+        """
+
+    def moved(self, key: int) -> bool:
+        """The request goes on elsewhere; False if it has ended here in the meantime."""
+
+    def end(self) -> None:
+        """End the stream once everything that there is to say has been written."""
+
+
 @dataclass
 class WorkerState:
-    """One worker process. `role` and `draining` change; the rest is fixed at start."""
+    """One worker process. `role` and `draining` change, as `become` and `drain` say; the rest is fixed at
+    start. `routers` are the sessions by router."""
 
     worker_id: str
     incarnation: str
@@ -54,9 +75,43 @@ class WorkerState:
     metrics: RequestMetrics
     draining: bool = False
     sessions: int = 0
+    routers: dict[str, RouterSession] = field(default_factory=dict)
     handoffs_serving: int = 0
     handoffs_reading: int = 0
     _keys: itertools.count[int] = field(default_factory=itertools.count)
+    _listeners: set[Callable[[], None]] = field(default_factory=set)
+
+    @property
+    def takes_decode(self) -> bool:
+        return self.role.decodes and not self.draining
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it prefills for others."""
+        return self.role.prefills_for_others and not self.draining
+
+    @contextmanager
+    def told(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Call `listener` whenever what this worker takes has changed."""
+        self._listeners.add(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def become(self, role: Role) -> None:
+        """Take another role; what does not belong to it is handed back or moves away."""
+        self.role = role
+        self._tell()
+
+    def drain(self) -> None:
+        """Take no work any more; what there is moves away."""
+        self.draining = True
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in list(self._listeners):
+            listener()
 
     def choice(
         self,
@@ -85,6 +140,7 @@ class WorkerState:
             block_size=self.layout.block_size,
             cache_salt=request.cache_salt,
             traceparent=request.traceparent,
+            deadline_s=time.monotonic() + request.timeout_s if request.timeout_s else math.inf,
             work=work,
             owner=owner,
         )

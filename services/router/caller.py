@@ -62,7 +62,7 @@ class Callers:
             tenant=self._tenant(header, grant),
             slo=slo,
             session=_name("x-session-id", header),
-            timeout_s=min(self.timeout_s, _seconds("x-baton-timeout-s", header)),
+            timeout_s=min(self.timeout_s, _seconds("x-request-timeout", header)),
             quota=grant.quota,
             traceparent=header("traceparent"),
         )

@@ -26,6 +26,11 @@ class Generation:
     cache_salt: str = ""
     tokenized_s: float = field(default_factory=time.monotonic)
 
+    @property
+    def prompt_key(self) -> int:
+        """The same for all choices of one prompt of one request, and while they run for no other."""
+        return id(self.prompt_token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:

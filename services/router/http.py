@@ -176,7 +176,7 @@ class Exchange:
             if connection.lost:
                 raise ClientGone from None
             raise DeadlineExceeded(
-                f"the answer was not complete after {limit_s:g} s (--request-timeout-s, x-baton-timeout-s)"
+                f"the answer was not complete after {limit_s:g} s (--request-timeout-s, x-request-timeout)"
             ) from None
 
     async def respond(

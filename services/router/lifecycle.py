@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from baton.openai.answer import Piece
 from baton.routing import Placement, PullSource, Unplaceable
 from baton.rpc.v1 import inference_pb2, worker_pb2
@@ -15,7 +15,9 @@ from baton.sampling import FinishReason, Sampling
 from baton.text import ChoiceText, Detokenizer, Tokenizer
 from services.router.generation import Emit, Generation, Placed
 from services.router.metrics import Metrics
+from services.router.moves import Leg, Move, Workers
 from services.router.placement import Hold, Placer
+from services.router.poison import Loss, Poison, Trial
 from services.router.sessions import ClientTooSlow, SessionBroken, SessionPool
 from services.router.timeline import Recent, Timeline
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 # A worker that takes over may still be starting: longer than it takes to notice that one has died.
 _REPLACEMENT_WAIT_S = 15.0
 _RETRY_AFTER_S = 1.0
+_SHORTEST_S = 0.001
 # How long outputs are expected to be: at first, and how much the newest one changes that.
 _FIRST_GUESS_TOKENS = 256.0
 _NEWEST_WEIGHT = 0.02
@@ -46,14 +49,16 @@ _BREAKS = frozenset({"handoff_failed", "session_broken"})
 class PlacementFailed(Exception):
     """A placement ended before its request did; another one may work.
 
-    `avoid` is the worker at fault; `final` is what the client is told when no placement is left.
+    `avoid` is the worker at fault; `final` is what the client is told when no placement is left. `loss` is
+    set when its session broke.
     """
 
-    def __init__(self, reason: str, avoid: str, final: BatonError) -> None:
+    def __init__(self, reason: str, avoid: str, final: BatonError, loss: Loss | None = None) -> None:
         super().__init__(f"{reason}: {final.message}")
         self.reason = reason
         self.avoid = avoid
         self.final = final
+        self.loss = loss
 
 
 class ClusterChanges:
@@ -86,8 +91,9 @@ class Lifecycle:
         max_placements: int,
     ) -> None:
         self._placer = placer
-        self._sessions = sessions
+        self._workers = Workers(placer, sessions, changes.wait, metrics)
         self._changes = changes
+        self._poison = Poison(placer.is_live, changes.wait)
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._recent = recent
@@ -134,28 +140,38 @@ class Lifecycle:
             self._mean_output_tokens += _NEWEST_WEIGHT * (choice.tokens - self._mean_output_tokens)
 
     async def _follow(self, choice: _Choice, generation: Generation) -> None:
-        """From placement to placement until the choice has ended or there are no more."""
+        """From placement to placement until the choice has ended, or too many brought nothing in a row."""
         avoid: frozenset[str] = frozenset()
-        for left in reversed(range(self._max_placements)):
-            hold = await self._place(generation, choice.output, avoid)
+        losses: list[Loss] = []
+        failures = 0
+        while True:
+            begun_at = len(choice.output)
             try:
-                await choice.follow(hold)
+                async with self._poison.trial(generation.prompt_key, begun_at, losses) as choice.trial:
+                    if failures:
+                        hold = await self._replace(generation, choice.output, avoid)
+                    else:
+                        hold = self._placer.place(generation, choice.output, avoid)
+                    await choice.follow(hold)
                 return
             except PlacementFailed as failure:
                 log.warning("request %s: %s", generation.request_id, failure)
                 if failure.reason in _BREAKS and self._placer.suspects.broke(failure.avoid):
                     self._metrics.backed_off(failure.reason)
-                if left == 0:
+                if len(choice.output) > begun_at:
+                    failures = 0
+                    losses.clear()
+                failures += 1
+                if failure.loss is not None:
+                    losses.append(failure.loss)
+                if failures == self._max_placements:
                     raise failure.final from failure
                 self._metrics.replaced(failure.reason)
-                avoid |= {failure.avoid}
-            finally:
-                hold.release()
+                if failure.reason != "draining":  # others may still read what it holds
+                    avoid |= {failure.avoid}
 
-    async def _place(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
-        """A first placement is made now or never; a replacement may wait for the cluster to change."""
-        if not avoid:
-            return self._placer.place(generation, output, avoid)
+    async def _replace(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
+        """Another placement, as soon as there is one. The first one is made now or never."""
         deadline_s = time.monotonic() + _REPLACEMENT_WAIT_S
         while True:
             try:
@@ -182,7 +198,7 @@ class _Choice:
         self._recent = owner._recent
         self._timeline = timeline
         self._placer = owner._placer
-        self._sessions = owner._sessions
+        self._workers = owner._workers
         self._policy = owner._policy
         self._generation = generation
         self._emit = emit
@@ -199,6 +215,7 @@ class _Choice:
         )
         self._wants_logprobs = generation.sampling.logprobs is not None
         self.output: list[int] = []
+        self.trial: Trial | None = None
         self._placed: Placed | None = None
         self._prompt_logprobs: list[inference_pb2.PositionLogprobs] = []
 
@@ -218,18 +235,38 @@ class _Choice:
         if not self.output:
             self._note_start(placement)
         self._timeline.placements += 1
-        session = self._sessions.connected(worker_id)
         try:
-            if session is None:
-                raise SessionBroken(f"no session with {worker_id}")
-            start = _start(self._generation, self.output, placement, self._timeline.trace)
-            with session.start(start) as attempt:
-                while not await self._advance(await attempt.outputs(), hold):
-                    pass
+            leg: Leg | None = Leg(hold, self._workers.sessions, self._start, self._generation.prompt_key)
+            while leg is not None:
+                worker_id = leg.worker_id
+                with leg:
+                    leg = await self._follow_leg(leg)
         except SessionBroken as error:
-            raise PlacementFailed("session_broken", worker_id, Unavailable(str(error))) from error
+            final = Unavailable(str(error))
+            raise PlacementFailed("session_broken", worker_id, final, error.loss) from error
         except ClientTooSlow as error:
             raise Unavailable(f"the client reads too slowly: {error}") from error
+
+    async def _follow_leg(self, leg: Leg) -> Leg | None:
+        """Emit what comes until the choice has ended, or goes on at the leg that is returned.
+
+        Raises:
+            PlacementFailed, SessionBroken: it ended early.
+        """
+        while not leg.attempt.draining:
+            if await self._advance(await leg.attempt.outputs(), leg.hold):
+                return None
+        async with Move(leg, self._generation, self.output, self._start, self._workers) as move:
+            try:
+                while not await self._advance(await leg.attempt.outputs(), leg.hold):
+                    pass
+                return None
+            except (SessionBroken, PlacementFailed) as left:
+                if isinstance(left, PlacementFailed) and left.reason != "moved":
+                    raise
+                if (next_leg := await move.next_leg()) is None:
+                    raise
+                return next_leg
 
     async def _advance(self, outputs: Sequence[worker_pb2.RequestOutput], hold: Hold) -> bool:
         """Emit together what came together; whether the choice has ended.
@@ -257,9 +294,28 @@ class _Choice:
         if pieces:
             assert self._placed is not None
             await self._emit(self._placed, pieces)
+            if self.trial is not None:
+                self.trial.progress(len(self.output))
         if failure is not None:
             raise failure
         return bool(pieces) and pieces[-1].delta.finish_reason is not None
+
+    def _start(self, placement: Placement) -> worker_pb2.Start:
+        """The rest of the choice for the placement's workers."""
+        generation, prefill = self._generation, placement.prefill
+        deadline_s = generation.caller.arrived_s + generation.caller.timeout_s
+        return worker_pb2.Start(
+            request_id=generation.request_id,
+            prompt_token_ids=generation.prompt_token_ids,
+            output_token_ids=self.output,
+            sampling=sampling_message(generation.sampling),
+            cache_salt=generation.cache_salt,
+            prefill_address=prefill.address if prefill is not None else "",
+            prefill_incarnation=prefill.incarnation if prefill is not None else "",
+            pull=None if placement.pull is None else pull_message(placement.pull),
+            traceparent=self._timeline.trace,
+            timeout_s=max(_SHORTEST_S, deadline_s - time.monotonic()),
+        )
 
     def _take(self, output: worker_pb2.RequestOutput, placement: Placement, now_s: float) -> Piece | None:
         """What one step's output adds, if anything. Runs once per token: keep it lean."""
@@ -333,23 +389,6 @@ class _Choice:
         timeline.last_s = now_s
 
 
-def _start(
-    generation: Generation, output: Sequence[int], placement: Placement, trace: str
-) -> worker_pb2.Start:
-    prefill = placement.prefill
-    return worker_pb2.Start(
-        request_id=generation.request_id,
-        prompt_token_ids=generation.prompt_token_ids,
-        output_token_ids=output,
-        sampling=sampling_message(generation.sampling),
-        cache_salt=generation.cache_salt,
-        prefill_address=prefill.address if prefill is not None else "",
-        prefill_incarnation=prefill.incarnation if prefill is not None else "",
-        pull=None if placement.pull is None else pull_message(placement.pull),
-        traceparent=trace,
-    )
-
-
 def pull_message(pull: PullSource) -> worker_pb2.Pull:
     return worker_pb2.Pull(
         address=pull.worker.address, incarnation=pull.worker.incarnation, blocks=pull.blocks
@@ -402,5 +441,12 @@ def _failure(error: worker_pb2.RequestError, placement: Placement) -> Exception:
             return PlacementFailed("overloaded", decode, overloaded)
         case _Error.DRAINING:
             return PlacementFailed("draining", decode, Unavailable(error.message))
+        case _Error.PREFILL_REFUSED:
+            at_fault = prefill.worker_id if prefill is not None else decode
+            return PlacementFailed("draining", at_fault, Unavailable(error.message))
+        case _Error.MOVED:
+            return PlacementFailed("moved", decode, Unavailable(error.message))
+        case _Error.EXPIRED:
+            return DeadlineExceeded(f"the request's time was over on worker {decode}")
         case _:
             return BatonError(f"worker {decode} failed: {error.message}")

@@ -113,7 +113,8 @@ class Move:
         """Where the choice goes on after the output so far, now that `source` has said its last; None when it
         has been moved nowhere, or to after tokens that have not arrived here."""
         self._tries_left = 0
-        await asyncio.wait([self._search], timeout=_SETTLE_S)
+        if self._leg is not None:
+            await asyncio.wait([self._search], timeout=_SETTLE_S)
         leg = self._leg
         if leg is None or self._starts_after != len(self._output):
             self._workers.metrics.moved("lost")
@@ -125,13 +126,12 @@ class Move:
     async def _find(self) -> None:
         """Try workers until one has taken the choice over."""
         avoid, pause_s = frozenset({self._source.worker_id}), _PAUSE_S
-        while self._tries_left > 0:
-            hold = await self._place(avoid)
-            self._tries_left -= 1
+        while not await self._taken_over(hold := await self._place(avoid)):
             avoid |= {hold.placement.decode.worker_id}
-            if await self._taken_over(hold):
-                return
             self._workers.metrics.moved("refused")
+            self._tries_left -= 1
+            if self._tries_left <= 0:
+                return
             await asyncio.sleep(pause_s)
             pause_s *= 2
 

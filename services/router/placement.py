@@ -82,7 +82,15 @@ class Placer:
         Raises:
             Unplaceable: no worker can take it now; says why.
         """
-        known = self._reachable()
+        return self._place(generation, output, avoid, self._reachable())
+
+    def _place(
+        self,
+        generation: Generation,
+        output: Sequence[int],
+        avoid: frozenset[str],
+        known: Sequence[KnownWorker],
+    ) -> Hold:
         context = generation.prompt_token_ids
         if output:
             context = [*context, *output]
@@ -97,6 +105,15 @@ class Placer:
         promises = self._promise(placement, request)
         return Hold(placement, request.prompt_tokens, self._promises, promises, self._expected, chain)
 
+    def place_decode(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
+        """Choose a decode worker for a request whose KV is to be moved there, away from those in `avoid`.
+
+        Raises:
+            Unplaceable: no worker can take it now; says why.
+        """
+        decoders = [worker for worker in self._reachable() if worker.view.role.decodes]
+        return self._place(generation, output, avoid, decoders)
+
     def explain(self, generation: Generation) -> tuple[Request, list[Candidate]]:
         """The request as the policy sees it, and what it would choose, then every other placement.
 
@@ -109,6 +126,11 @@ class Placer:
         request = self._request(generation, len(context), chains, frozenset())
         view = self._view(known)
         return request, self._away_from_suspects(request, lambda asked: self._policy.explain(asked, view))
+
+    def is_live(self, worker_id: str, incarnation: str) -> bool:
+        """Whether the registry has this incarnation of the worker."""
+        known = self._cluster.workers.get(worker_id)
+        return known is not None and known.view.incarnation == incarnation
 
     def check_ready(self) -> None:
         """
@@ -229,7 +251,13 @@ class Placer:
         ]
 
     def _view(self, known: Sequence[KnownWorker]) -> ClusterView:
-        return ClusterView([self._promises.view(worker.view) for worker in known])
+        views = [self._promises.view(worker.view) for worker in known]
+        if draining := self._sessions.draining:  # faster than the registry, and says nothing of prefill work
+            views = [
+                replace(view, draining=True) if view.worker_id in draining and view.role.decodes else view
+                for view in views
+            ]
+        return ClusterView(views)
 
     def _takers(self) -> tuple[list[WorkerView], list[WorkerView]]:
         """The workers that take requests to decode and those that take prompts: without dedicated ones,

@@ -13,6 +13,7 @@ from baton.routing.view import WorkerView
 from baton.rpc.channels import open_channel
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from services.router.outbox import Outbox
+from services.router.poison import Loss
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,11 @@ _MAX_UNREAD_STEPS = 8192
 
 
 class SessionBroken(Exception):
-    """The stream to the worker ended before the request did."""
+    """The stream to the worker ended before the request did; `loss` is what ran there, if the request did."""
+
+    def __init__(self, message: str, loss: Loss | None = None) -> None:
+        super().__init__(message)
+        self.loss = loss
 
 
 class ClientTooSlow(Exception):
@@ -37,39 +42,71 @@ class _SessionEnded(Exception):
 
 
 class Attempt:
-    """One request on one session. Use as a context manager: leaving it early cancels the work there."""
+    """One request on one session, until `close`."""
 
-    def __init__(self, session: Session, key: int) -> None:
+    def __init__(self, session: Session, key: int, prompt: int) -> None:
+        self.prompt = prompt
         self._session = session
         self._key = key
+        self._roused = session.draining
         self._unread: list[worker_pb2.RequestOutput] = []
         self._failure: Exception | None = None
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def __enter__(self) -> Attempt:
-        return self
+    @property
+    def draining(self) -> bool:
+        """Whether the worker gives up what it decodes."""
+        return self._session.draining
 
-    def __exit__(self, *_: object) -> None:
+    @property
+    def place(self) -> worker_pb2.MoveFrom:
+        """Where another worker finds the request."""
+        worker = self._session.worker
+        return worker_pb2.MoveFrom(
+            address=worker.address,
+            incarnation=worker.incarnation,
+            router_id=self._session.router_id,
+            key=self._key,
+        )
+
+    def close(self) -> None:
+        """Read no more; cancels the work there, if it has not ended."""
         self._session.forget(self._key, cancel=not self._ended)
 
     async def outputs(self) -> list[worker_pb2.RequestOutput]:
-        """What has come since the last call, oldest first; waits for something.
+        """What has come since the last call, oldest first; waits for something, or for the worker to drain:
+        then it may be nothing, once.
 
         Raises:
             SessionBroken: the rest will not come.
             ClientTooSlow: more came than this side may fall behind.
         """
-        while not self._unread:
-            if self._failure is not None:
-                raise self._failure
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        while not self._unread and not self._roused:
+            await self._wait()
+        self._roused = False
         unread, self._unread = self._unread, []
         return unread
+
+    async def first(self) -> worker_pb2.RequestOutput:
+        """The next output, which stays to be read; waits for it. Raises as `outputs` does."""
+        while not self._unread:
+            await self._wait()
+        return self._unread[0]
+
+    async def _wait(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def rouse(self) -> None:
+        """Let who waits for outputs see that the worker drains."""
+        self._roused = True
+        self._wake()
 
     def deliver(self, output: worker_pb2.RequestOutput) -> None:
         if output.finish_reason or output.HasField("error"):
@@ -100,13 +137,16 @@ class Session:
         router_id: str,
         on_load: Callable[[str, worker_pb2.WorkerLoad], None],
         on_change: Callable[[], None],
+        draining: set[str],
     ) -> None:
         self.worker = worker
-        self._router_id = router_id
+        self.router_id = router_id
+        self._draining = draining
         self._on_load = on_load
         self._on_change = on_change
         self._attempts: dict[int, Attempt] = {}
         self._last_key = 0
+        self._present = 0
         self._outbox: Outbox | None = None
         self._overflowed = False
 
@@ -115,11 +155,15 @@ class Session:
         return self._outbox is not None
 
     @property
+    def draining(self) -> bool:
+        return self.worker.worker_id in self._draining
+
+    @property
     def idle(self) -> bool:
         return not self._attempts
 
-    def start(self, start: worker_pb2.Start) -> Attempt:
-        """Send `start`, whose key is set here.
+    def start(self, start: worker_pb2.Start, prompt: int) -> Attempt:
+        """Send `start`, whose key is set here; `prompt` names it in a `Loss`.
 
         Raises:
             SessionBroken: the worker cannot be reached now.
@@ -131,7 +175,7 @@ class Session:
         self._last_key += 1
         start.key = self._last_key
         self._outbox.start(start)
-        attempt = self._attempts[start.key] = Attempt(self, start.key)
+        attempt = self._attempts[start.key] = Attempt(self, start.key, prompt)
         return attempt
 
     def forget(self, key: int, *, cancel: bool) -> None:
@@ -172,7 +216,7 @@ class Session:
         call = stub.Session()
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                await call.write(worker_pb2.SessionRequest(hello=worker_pb2.Hello(router_id=self._router_id)))
+                await call.write(worker_pb2.SessionRequest(hello=worker_pb2.Hello(router_id=self.router_id)))
             self._outbox = Outbox()
             self._overflowed = False
             log.info("session with %s at %s is up", self.worker.worker_id, self.worker.address)
@@ -205,29 +249,53 @@ class Session:
         while isinstance(step := await call.read(), worker_pb2.StepOutputs):
             if step.HasField("load"):
                 self._on_load(worker_id, step.load)
+                self._present = step.load.running + step.load.waiting
+            if step.draining != self.draining:
+                self._drains(step.draining)
             for output in step.outputs:
                 attempt = attempts.get(output.key)
                 if attempt is not None:
                     attempt.deliver(output)
         raise _SessionEnded("the worker ended the stream")
 
+    def _drains(self, draining: bool) -> None:
+        worker_id = self.worker.worker_id
+        if draining:
+            log.info("%s gives up what it decodes", worker_id)
+            self._draining.add(worker_id)
+            for attempt in self._attempts.values():
+                attempt.rouse()
+        else:
+            self._draining.discard(worker_id)
+        self._on_change()
+
     def _break(self, error: BaseException) -> None:
         """The stream is over: every request on it fails over."""
         if self._outbox is None:
             return
         self._outbox = None
+        self._draining.discard(self.worker.worker_id)
         reason = _reason(error)
         if not isinstance(error, asyncio.CancelledError):
             log.warning("session with %s broke: %s", self.worker.worker_id, reason)
         attempts = list(self._attempts.values())
         self._attempts.clear()
+        loss = Loss(
+            self.worker.worker_id,
+            self.worker.incarnation,
+            frozenset(attempt.prompt for attempt in attempts),
+            alone=self._present <= len(attempts),
+        )
         for attempt in attempts:
-            attempt.fail(SessionBroken(f"session with {self.worker.worker_id} broke: {reason}"))
+            attempt.fail(SessionBroken(f"session with {self.worker.worker_id} broke: {reason}", loss))
         self._on_change()
 
 
 class SessionPool:
-    """A session with every worker the registry names. `run` owns their tasks."""
+    """A session with every worker the registry names. `run` owns their tasks.
+
+    `draining` are the workers that have said on their session that they give up what they decode.
+    """
 
     def __init__(
         self,
@@ -235,6 +303,7 @@ class SessionPool:
         on_load: Callable[[str, worker_pb2.WorkerLoad], None],
         on_change: Callable[[], None],
     ) -> None:
+        self.draining: set[str] = set()
         self._router_id = router_id
         self._on_load = on_load
         self._on_change = on_change
@@ -261,7 +330,9 @@ class SessionPool:
                 self._close_unwanted()
                 for worker_id, worker in self._wanted.items():
                     if worker_id not in self._sessions and worker.role.decodes:
-                        session = Session(worker, self._router_id, self._on_load, self._on_change)
+                        session = Session(
+                            worker, self._router_id, self._on_load, self._on_change, self.draining
+                        )
                         self._sessions[worker_id] = session
                         self._tasks[session] = tasks.create_task(session.run())
                 # Sessions of workers that left the registry end when their last request does.

@@ -11,6 +11,14 @@ from baton.rpc.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from tests.cluster import Cluster
 
 
+class RequestFailed(Exception):
+    """The worker ended the request with an error of this kind."""
+
+    def __init__(self, error: worker_pb2.RequestError) -> None:
+        super().__init__(error.message)
+        self.kind = error.kind
+
+
 def pull_from(cluster: Cluster, worker_id: str, blocks: int) -> worker_pb2.Pull:
     return worker_pb2.Pull(
         address=cluster.workers()[worker_id],
@@ -27,8 +35,13 @@ def generate(
     pull: worker_pb2.Pull | None = None,
     cache_salt: str = "",
     prefill_worker: str = "",
+    timeout_s: float = 0.0,
 ) -> tuple[list[int], worker_pb2.PrefillReport]:
-    """Greedy tokens and the prefill report of a prompt that runs on the worker."""
+    """Greedy tokens and the prefill report of a prompt that runs on the worker.
+
+    Raises:
+        RequestFailed: the worker ended it with an error.
+    """
     start = worker_pb2.Start(
         key=1,
         request_id="test",
@@ -38,6 +51,7 @@ def generate(
         ),
         cache_salt=cache_salt,
         pull=pull,
+        timeout_s=timeout_s,
     )
     if prefill_worker:
         start.prefill_address = cluster.workers()[prefill_worker]
@@ -50,7 +64,8 @@ def generate(
     with grpc.insecure_channel(cluster.workers()[worker_id]) as channel:
         session = worker_pb2_grpc.DecodeStub(channel).Session(iter(requests.get, None), timeout=60)
         for output in _outputs(session):
-            assert not output.HasField("error"), output.error
+            if output.HasField("error"):
+                raise RequestFailed(output.error)
             tokens += output.token_ids
             if output.HasField("prefill"):
                 report = output.prefill

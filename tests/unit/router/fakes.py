@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 
@@ -23,14 +24,19 @@ ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "models" / "baton-small"
 LAYOUT = KvLayout("fingerprint", "float32", 16, 16 * 1024, "test")
 EOS = 1
+MOVED = worker_pb2.RequestError(kind=worker_pb2.RequestError.MOVED, message="moved")
 
 
 class FakeWorker(worker_pb2_grpc.DecodeServicer):
     """Answers every request with the tokens of `script`, from where its output so far ends.
 
     After `hold_at` tokens it waits for `go_on`. The next errors of `errors` are answered instead,
-    one per Start. `break_at` ends the whole session after so many tokens, once.
+    one per Start. `break_at` ends the whole session after so many tokens, once. After `drain` it gives its
+    requests to fakes that ask for them; with `give_ahead` those go on after so many tokens more, which this
+    one never sends, and its session breaks.
     """
+
+    at: ClassVar[dict[str, FakeWorker]] = {}
 
     def __init__(self, worker_id: str, script: list[int]) -> None:
         self.worker_id = worker_id
@@ -39,6 +45,10 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
         self.hold_at: int | None = None
         self.go_on = asyncio.Event()
         self.break_at: int | None = None
+        self.draining = False
+        self.give_ahead: int | None = None
+        self.taken: dict[int, asyncio.Future[int]] = {}
+        self.outboxes: set[asyncio.Queue[worker_pb2.RequestOutput | None]] = set()
         self.starts: list[worker_pb2.Start] = []
         self.cancelled: set[int] = set()
         self.running: dict[int, asyncio.Task[None]] = {}
@@ -51,6 +61,17 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
         async with asyncio.timeout(5), self.changed:
             await self.changed.wait_for(lambda: eval(condition, {"self": self, "len": len}))
 
+    def drain(self) -> None:
+        self.draining = True
+        for outbox in self.outboxes:
+            outbox.put_nowait(None)
+
+    async def give(self, key: int) -> int:
+        """Stop a request; how many tokens it has."""
+        self.taken[key] = asyncio.get_running_loop().create_future()
+        self.go_on.set()
+        return await self.taken[key]
+
     async def _note(self) -> None:
         async with self.changed:
             self.changed.notify_all()
@@ -59,7 +80,8 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
         self, requests: AsyncIterator[worker_pb2.SessionRequest], context: grpc.aio.ServicerContext
     ) -> None:
         self.sessions += 1
-        outputs: asyncio.Queue[worker_pb2.RequestOutput] = asyncio.Queue()
+        outputs: asyncio.Queue[worker_pb2.RequestOutput | None] = asyncio.Queue()
+        self.outboxes.add(outputs)
         broken = asyncio.Event()
 
         async def write(output: worker_pb2.RequestOutput) -> None:
@@ -71,7 +93,8 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
             load = worker_pb2.WorkerLoad(total_blocks=4096, free_blocks=4000)
             while True:
                 output = await outputs.get()
-                await context.write(worker_pb2.StepOutputs(outputs=[output], load=load))
+                said = [output] if output is not None else []
+                await context.write(worker_pb2.StepOutputs(outputs=said, load=load, draining=self.draining))
                 outputs.task_done()
 
         async def read(tasks: asyncio.TaskGroup) -> None:
@@ -95,6 +118,7 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
                 for task in (reading, breaking, writing, *self.running.values()):
                     task.cancel()
         finally:
+            self.outboxes.discard(outputs)
             self.sessions -= 1
             await self._note()
         if broken.is_set():
@@ -111,10 +135,21 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
             await asyncio.shield(self._note())
 
     async def _answer(self, start: worker_pb2.Start, write, broken: asyncio.Event) -> None:
-        sampling = start.sampling
-        for at in range(len(start.output_token_ids), sampling.max_tokens):
+        sampling, first = start.sampling, len(start.output_token_ids)
+        if start.HasField("move_from"):
+            first = await FakeWorker.at[start.move_from.address].give(start.move_from.key)
+            moved = worker_pb2.MoveReport(output_tokens=first, read_blocks=1)
+            await write(worker_pb2.RequestOutput(key=start.key, moved=moved))
+        for at in range(first, sampling.max_tokens):
             if at == self.hold_at:
                 await self.go_on.wait()
+            if taken := self.taken.get(start.key):
+                taken.set_result(at + (self.give_ahead or 0))
+                if self.give_ahead is not None:
+                    broken.set()
+                    await asyncio.Event().wait()
+                await write(worker_pb2.RequestOutput(key=start.key, error=MOVED))
+                return
             if at == self.break_at:
                 self.break_at = None
                 broken.set()
@@ -194,6 +229,7 @@ async def running_worker(worker: FakeWorker) -> AsyncIterator[FakeWorker]:
     async with Server() as server:
         server.add(worker_pb2_grpc.add_DecodeServicer_to_server, worker, "baton.v1.Decode")
         worker.address = f"127.0.0.1:{server.bind('127.0.0.1', 0, flag='--worker-port')}"
+        FakeWorker.at[worker.address] = worker
         await server.start()
         yield worker
 

@@ -158,7 +158,7 @@ async def test_grpc_callers_wait_by_their_metadata_and_deadline(worker: FakeWork
     [
         ({"x-baton-slo": "soon"}, {}, "x-baton-slo"),
         ({}, {"slo": "soon"}, "slo"),
-        ({"x-baton-timeout-s": "-1"}, {}, "x-baton-timeout-s"),
+        ({"x-request-timeout": "-1"}, {}, "x-request-timeout"),
         ({"x-session-id": "x" * 300}, {}, "x-session-id"),
     ],
 )
