@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the questions and of the faults")
     parser.add_argument("--clients", type=int, default=10, help="requests in flight")
     parser.add_argument("--questions", type=int, default=60, help="distinct requests")
-    parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between two faults")
+    parser.add_argument("--pause", type=float, default=0.8, help="mean seconds between two faults")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing of the clusters is to stay behind
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))

@@ -23,7 +23,7 @@ _BACK_S = 90.0
 _LONG_S = (16.0, 19.0)
 _LONG_SHARE = 0.06
 _MEAN_S, _MOST_S = 1.2, 7.0
-_AT_ONCE = 4
+_AT_ONCE = 6
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,13 @@ class Faults:
         return pid != before and bool(re.search(rf"ready again: .*, pid {pid}$", self._cluster.stderr, re.M))
 
     def _everybody(self) -> list[int]:
-        return [*self._pids().values(), self._redis.pid]
+        redis = self._redis.pid
+        return [*self._pids().values(), *([redis] if redis is not None else [])]
 
     def _pid(self, victim: str) -> int:
-        return self._redis.pid if victim == "redis" else self._pids()[victim]
+        pid = self._redis.pid if victim == "redis" else self._pids()[victim]
+        assert pid is not None, f"{victim} does not run"
+        return pid
 
     def _pids(self) -> dict[str, int]:
         """Of the processes that run now."""

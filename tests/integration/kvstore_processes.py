@@ -55,10 +55,9 @@ class Process(ABC):
         return self
 
     @property
-    def pid(self) -> int:
-        """Of the running process."""
-        assert self._process is not None
-        return self._process.pid
+    def pid(self) -> int | None:
+        """Of the running process, if it runs."""
+        return self._process.pid if self._process is not None else None
 
     def _ready(self) -> bool:
         assert self._process is not None
