@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from heapq import nsmallest
+from math import inf
 from typing import NamedTuple
 
-from baton.routing.choice import requests_on
+from baton.routing.choice import requests_on, tolerance_s
 from baton.routing.cost import (
+    HANDOFF_S,
     PrefillCost,
     beside_decoding,
     decode_cost_s,
@@ -88,23 +90,29 @@ def all_candidates(request: Request, cluster: ClusterView) -> list[Candidate]:
     Raises:
         Unplaceable: see `ClusterView.decoders`.
     """
-    found = offers(request, cluster, cluster.decoders(request), shortlist=len(cluster.workers))
+    sources, sides, prefills = _considered(request, cluster, cluster.decoders(request))
+    found = [_pair(request, side, prefill) for side in sides for prefill in prefills]
+    found += _local(request, sides, sources, bool(prefills))
     placements = [offer.placement(request) for offer in found]
     return [Candidate(placement, placement.terms.total_s(request.slo)) for placement in placements]
 
 
-def offers(
-    request: Request, cluster: ClusterView, decoders: Sequence[WorkerView], shortlist: int = _SHORTLIST
-) -> list[Offer]:
-    """The placements on `decoders` that are worth comparing, `shortlist` workers of each side at most."""
+def offers(request: Request, cluster: ClusterView, decoders: Sequence[WorkerView]) -> list[Offer]:
+    """The placements on `decoders` that are worth comparing (see `cheapest`)."""
+    sources, sides, prefills = _considered(request, cluster, decoders)
+    if not prefills:
+        return _local(request, sides, sources, others_prefill=False)
+    local = _local(request, _likely(request, sides), sources, others_prefill=True)
+    return [*_near_pairs(request, sides, prefills), *local]
+
+
+def _considered(
+    request: Request, cluster: ClusterView, decoders: Sequence[WorkerView]
+) -> tuple[list[WorkerView], list[_DecodeSide], list[PrefillCost]]:
+    """Who may be pulled from, and what each worker would cost on its side."""
     sources = pull_sources(request, cluster)
     sides = [_decode_side(worker, request) for worker in decoders]
-    prefillers = cluster.prefillers(request)
-    if not prefillers:
-        return _local(request, sides, sources, others_prefill=False)
-    prefills = [prefill_cost(worker, request, sources) for worker in prefillers]
-    local = _local(request, _likely(request, sides, shortlist), sources, others_prefill=True)
-    return _remote(request, sides, prefills, shortlist) + local
+    return sources, sides, [prefill_cost(worker, request, sources) for worker in cluster.prefillers(request)]
 
 
 def _decode_side(worker: WorkerView, request: Request) -> _DecodeSide:
@@ -112,41 +120,49 @@ def _decode_side(worker: WorkerView, request: Request) -> _DecodeSide:
     return _DecodeSide(worker, decode_cost_s(worker, request), pushed_out(worker, request), affinity_s)
 
 
-def _remote(
-    request: Request, sides: Sequence[_DecodeSide], prefills: Sequence[PrefillCost], shortlist: int
-) -> list[Offer]:
-    """Prefilled by one worker, decoded by another that reads what it lacks."""
+def _near_pairs(
+    request: Request, sides: Sequence[_DecodeSide], prefills: Sequence[PrefillCost]
+) -> Iterator[Offer]:
+    """Of the best workers of each side, alone, the pairs that may be as good as the best."""
     waiting = WAITING[request.slo]
 
     def alone(prefill: PrefillCost) -> tuple[float, int]:
         own_s = waiting * prefill.queue_s + prefill.work_s + prefill.pushed_out * prefill.block_s
         return own_s, prefill.worker.queued_tokens
 
-    nearest = min(prefills, key=alone)
-
     def beside_nearest(side: _DecodeSide) -> tuple[float, int]:
         read_s = transfer_s(side.worker, nearest.worker, request)
         stored_s = side.pushed_out * nearest.block_s
         return read_s + stored_s + side.decode_s + side.affinity_s, requests_on(side.worker)
 
-    if len(prefills) > shortlist:
-        prefills = nsmallest(shortlist, prefills, key=alone)
-    if len(sides) > shortlist:
-        sides = nsmallest(shortlist, sides, key=beside_nearest)
-    return [
-        _offer(request, side, prefill, transfer_s(side.worker, prefill.worker, request), 0.0, "remote")
-        for side in sides
-        for prefill in prefills
-    ]
+    prefills = nsmallest(_SHORTLIST, prefills, key=alone)
+    nearest = prefills[0]
+    sides = nsmallest(_SHORTLIST, sides, key=beside_nearest)
+    ranked = [(alone(prefill)[0] + HANDOFF_S, prefill) for prefill in prefills]
+    alike_s = tolerance_s(max(prefill.queue_s + prefill.work_s for prefill in prefills))
+    best_s = inf
+    for side in sides:
+        for least_s, prefill in ranked:
+            # What the two cost alone and a handoff are the least that they cost together.
+            if least_s + side.decode_s + side.affinity_s > best_s + alike_s:
+                break
+            offer = _pair(request, side, prefill)
+            best_s = min(best_s, offer.total_s)
+            yield offer
 
 
-def _likely(request: Request, sides: Sequence[_DecodeSide], shortlist: int) -> Sequence[_DecodeSide]:
+def _pair(request: Request, side: _DecodeSide, prefill: PrefillCost) -> Offer:
+    """Prefilled by one worker, decoded by another that reads what it lacks."""
+    return _offer(request, side, prefill, transfer_s(side.worker, prefill.worker, request), 0.0, "remote")
+
+
+def _likely(request: Request, sides: Sequence[_DecodeSide]) -> Sequence[_DecodeSide]:
     """The sides that have something of the prompt, and of the others those where decoding costs least."""
-    if len(sides) <= shortlist:
+    if len(sides) <= _SHORTLIST:
         return sides
     have = request.held.keys() | request.expected.keys()
     others = [side for side in sides if side.worker.worker_id not in have]
-    nearest = nsmallest(shortlist, others, key=lambda side: (side.decode_s, requests_on(side.worker)))
+    nearest = nsmallest(_SHORTLIST, others, key=lambda side: (side.decode_s, requests_on(side.worker)))
     return [side for side in sides if side.worker.worker_id in have] + nearest
 
 

@@ -36,15 +36,20 @@ class Weighed(Protocol):
 W = TypeVar("W", bound=Weighed)
 
 
+def tolerance_s(first_token_s: float) -> float:
+    """Seconds by which a total may exceed the least, whose first token is so far away, and count as equal:
+    predictions are not exact."""
+    return 0.01 * first_token_s + 1e-4
+
+
 def cheapest(rng: Random, offers: Sequence[W]) -> W:
     """An offer of the least total.
 
-    Predictions are not that exact: totals that exceed the least by 0.1 ms and 1 % of its seconds to the
-    first token count as equal, and of those the least loaded is taken. So work spreads even where no
-    cost is known.
+    Of those that are as good as equal the least loaded is taken. So work spreads even where no cost is
+    known.
     """
     best = min(offers, key=lambda offer: offer.total_s)
-    limit = best.total_s + 0.01 * best.first_token_s + 1e-4
+    limit = best.total_s + tolerance_s(best.first_token_s)
     return least(rng, [offer for offer in offers if offer.total_s <= limit], lambda offer: offer.load)
 
 

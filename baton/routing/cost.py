@@ -179,13 +179,11 @@ def transfer_s(decode: WorkerView, prefill: WorkerView, request: Request) -> flo
     """Seconds to bring the prompt's KV to `decode`, from its own slower tiers where that is faster."""
     held = request.held_by_tier(decode.worker_id)
     bandwidth = decode.bandwidth_from(prefill.worker_id)
-
-    def lacking_s(blocks: int) -> float:
-        return _seconds(max(0, request.prompt_blocks - blocks) * request.block_bytes, bandwidth)
-
-    read_s = lacking_s(held.device)
+    lacking = request.prompt_blocks - held.device
+    read_s = _seconds(lacking * request.block_bytes, bandwidth)
     if held.total > held.device:
-        read_s = min(read_s, tier_s(decode, request, 0, held.total) + lacking_s(held.total))
+        lacking_s = _seconds((request.prompt_blocks - held.total) * request.block_bytes, bandwidth)
+        read_s = min(read_s, tier_s(decode, request, 0, held.total) + lacking_s)
     return HANDOFF_S + read_s
 
 
