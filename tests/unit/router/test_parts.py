@@ -93,7 +93,7 @@ def test_a_taken_port_is_refused_by_the_name_of_its_flag() -> None:
 
 class AllConnected(SessionPool):
     def __init__(self) -> None:
-        pass
+        self.draining = set()
 
     def connected(self, worker_id: str):
         return self
