@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Page, Request, expect, sync_playwright
 
-from tests.cluster import Cluster
+from tests.cluster import ROOT, Cluster
 from tests.conftest import StartCluster
 
 PATIENCE_MS = 60_000
@@ -72,6 +74,19 @@ def test_it_says_where_a_prompt_would_go_without_sending_it(page: Page) -> None:
     expect(page.locator("#policy")).to_contain_text("round-robin", timeout=PATIENCE_MS)
     page.locator("#why").click()
     expect(page.locator("#routes .chosen")).to_contain_text("decode-0")
+
+
+def test_a_terminal_shows_the_same(cluster_of_two: Cluster) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "baton.cli.main", "top", "--once", cluster_of_two.own_url],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    for words in ("baton-small", "round-robin", "decode-0", "prefill-0"):
+        assert words in shown
 
 
 def test_it_sees_a_worker_die_and_come_back(page: Page, cluster_of_two: Cluster) -> None:
