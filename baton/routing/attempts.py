@@ -14,9 +14,10 @@ class Attempts:
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._failed = NOBODY
+        self._again = False
         self.left = most
         """Placements that there may still be if none brings anything."""
-        self._failed = NOBODY
 
     @property
     def avoiding(self) -> tuple[frozenset[str], ...]:
@@ -27,11 +28,13 @@ class Attempts:
     @property
     def wait_s(self) -> float:
         """Seconds for which it may wait to be placeable: a first placement is made now or never."""
-        return REPLACEMENT_WAIT_S if self._failed else 0.0
+        return REPLACEMENT_WAIT_S if self._again else 0.0
 
-    def failed(self, worker_id: str, tokens: int) -> bool:
-        """Count a placement that brought so many tokens and ended early through a worker; whether there may
-        be another."""
-        self._failed |= {worker_id}
+    def failed(self, worker_id: str | None, tokens: int) -> bool:
+        """Count a placement that brought so many tokens and ended early, through a worker if it is at fault;
+        whether there may be another."""
+        if worker_id is not None:
+            self._failed |= {worker_id}
+        self._again = True
         self.left = (self._most if tokens else self.left) - 1
         return self.left > 0

@@ -18,6 +18,13 @@ def test_a_replacement_waits_and_keeps_away_from_all_that_failed_as_long_as_it_c
     assert attempts.wait_s > 0
 
 
+def test_nobody_is_avoided_where_nobody_is_at_fault() -> None:
+    attempts = Attempts(2)
+    assert attempts.failed(None, 7)
+    assert attempts.avoiding == (NOBODY,)
+    assert attempts.wait_s > 0
+
+
 def test_as_many_in_a_row_may_bring_nothing_as_were_allowed() -> None:
     attempts = Attempts(3)
     assert [attempts.failed("a", tokens) for tokens in (0, 0, 5, 0, 0)] == [True, True, True, True, False]
