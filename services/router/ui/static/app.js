@@ -24,6 +24,7 @@ async function beat() {
 
 function show(state, before) {
   byId("model").textContent = state.model;
+  byId("model").title = `served by baton ${state.version}`;
   byId("policy").textContent = `policy ${state.policy}`;
   const connected = state.kvstore_connected;
   status("kvstore", connected ? "good" : "bad", connected ? `${count(state.index_blocks)} blocks known` : "no kvstore");

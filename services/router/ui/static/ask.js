@@ -105,7 +105,7 @@ export function showPhases(one) {
   const facts = [
     `${count(one.prompt_tokens)} + ${count(one.output_tokens)} tokens`, path && `${one.prefill || "on"} ${path}`,
     one.cached_tokens && `${count(one.cached_tokens)} cached`, one.pull_worker && `prefix from ${one.pull_worker}`,
-    one.ttft_s != null && `first token ${seconds(one.ttft_s)}`, one.placements > 1 && `${one.placements} placements`,
+    one.ttft_s != null && `first token ${seconds(one.ttft_s)} (predicted ${seconds(one.predicted_s)})`, one.placements > 1 && `${one.placements} placements`,
   ];
   byId("timeline").replaceChildren(make("h3", {}, "When what happened"), ...lines, make("p.facts", {}, facts.filter(Boolean).join(" · ")));
   byId("timeline").hidden = false;
