@@ -277,7 +277,8 @@ class Session:
         self._draining.discard(self.worker.worker_id)
         reason = _reason(error)
         if not isinstance(error, asyncio.CancelledError):
-            log.warning("session with %s broke: %s", self.worker.worker_id, reason)
+            level = logging.WARNING if self._attempts else logging.INFO
+            log.log(level, "session with %s broke: %s", self.worker.worker_id, reason)
         attempts = list(self._attempts.values())
         self._attempts.clear()
         loss = Loss(

@@ -102,8 +102,10 @@ async def test_a_worker_that_refuses_is_asked_again(pair: Pair, script: list[int
 
 
 async def test_what_ends_before_it_moves_has_ended(pair: Pair, script: list[int]) -> None:
-    pair.target.draining = True
     pair.target.drain()
+    async with asyncio.timeout(5):
+        while pair.target.worker_id not in pair.router.router.sessions.draining:
+            await asyncio.sleep(0.01)
     pair.source.drain()
     pair.source.go_on.set()
     assert await pair.asking == ([*script, 1], len(script) + 1)

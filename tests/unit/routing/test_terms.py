@@ -145,7 +145,6 @@ class TestPulls:
                 continue
             source = placement.pull.worker
             assert source is not placement.computing
-            assert not source.draining
             assert source.worker_id not in request.avoid
             assert 0 < placement.pull.blocks <= request.held[source.worker_id]
             terms = placement.terms
