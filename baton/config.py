@@ -120,7 +120,7 @@ class WorkerSettings:
         "nixl", "how KV moves; inprocess works within one process only, for platforms without NIXL"
     )
     drain_timeout_s: float = setting(
-        30.0, "seconds a stopping worker lets running requests finish", minimum=0
+        30.0, "seconds in which requests may move away from a stopping worker, or end", minimum=0
     )
     handoff_timeout_s: float = setting(120.0, "seconds a handoff may wait for its next message", minimum=0.1)
     kv_verify: bool = setting(
@@ -299,8 +299,9 @@ class ObservabilitySettings:
         "", "OTLP collector that traces go to by gRPC, such as http://127.0.0.1:4317 [empty: none]"
     )
     trace_share: float = setting(
-        1.0,
-        "share of requests traced; one that comes with a traceparent is as that says",
+        0.01,
+        "share of requests traced, as each costs the router half as much again; one that comes with a "
+        "traceparent is as that says",
         minimum=0,
         maximum=1,
     )
