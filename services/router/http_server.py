@@ -23,6 +23,7 @@ from services.router.http import Connection
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 _MAX_HEAD_BYTES = 64 * 1024
+_LINGER_S = 1.0
 
 
 class _Gathering:
@@ -38,6 +39,11 @@ class _Gathering:
         if not self._written:
             self._loop.call_soon(self._flush)
         self._written.append(data)
+
+    def write_eof(self) -> None:
+        self._flush()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
 
     def close(self) -> None:
         self._flush()
@@ -75,6 +81,7 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._refused = False
         super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
         # Else every second small write waits for an acknowledgement; the loops set it on some sockets only.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -83,6 +90,8 @@ class _Protocol(HttpToolsProtocol):
         )
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         if self._in_head:
             self._head_bytes += len(data)
@@ -90,7 +99,8 @@ class _Protocol(HttpToolsProtocol):
                 self._refuse(HeadTooLarge(f"headers: larger than {_MAX_HEAD_BYTES} bytes", field="headers"))
                 return
         # Also empty lines before a head, and the rest of a body that was refused, come to an end.
-        if self._head_timer is None and (self._in_head or self.cycle is None or self.cycle.response_complete):
+        waiting = self._in_head or self.cycle is None or self.cycle.response_complete
+        if waiting and self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_late)
 
     def on_message_begin(self) -> None:
@@ -130,7 +140,10 @@ class _Protocol(HttpToolsProtocol):
         self._refuse(InvalidRequest(f"not HTTP: {msg}"))
 
     def _refuse(self, error: InvalidRequest) -> None:
-        """Answer and hang up."""
+        """Answer and hang up. What still comes is read and forgotten for a moment: a connection closed with
+        something unread takes the answer with it."""
+        self._refused = True
+        self._forget_head_timer()
         body = orjson.dumps(error_shape(error))
         head = (
             f"HTTP/1.1 {error.http_status} {HTTPStatus(error.http_status).phrase}\r\n"
@@ -138,7 +151,8 @@ class _Protocol(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self._head_timer = self.loop.call_later(_LINGER_S, self.transport.close)
 
 
 class HttpServer(uvicorn.Server):
