@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from baton.config import BadSetting, ObservabilitySettings
@@ -89,6 +90,7 @@ def record(
     return traceparent(span)
 
 
+@lru_cache(maxsize=256)  # a request's spans come close together and name the same parent
 def _context(parent: str) -> Context:
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
