@@ -38,7 +38,8 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     chosen = settings.planner
     metrics = Metrics()
-    port = metrics.serve(chosen.planner_host, settings.observability.metrics_port)
+    metrics_host = settings.observability.metrics_host or chosen.planner_host
+    port = metrics.serve(metrics_host, settings.observability.metrics_port)
     registry = RegistryWatch(settings.kvstore.kvstore, ttl_s=settings.kvstore.worker_ttl_s)
     async with aiohttp.ClientSession() as session, _cluster(chosen) as (workloads, leadership):
         reach = Reach(registry, Routers(chosen.router_metrics, session), workloads, leadership)
@@ -75,7 +76,7 @@ async def _cluster(settings: PlannerSettings) -> AsyncIterator[tuple[Workloads, 
 @settings_options(*PROCESS_SECTIONS["planner"])
 def main(settings: Settings) -> None:
     """Keep the number of workers and their roles right."""
-    configure("planner", settings.observability.log_level)
+    configure("planner", settings.observability.log_level, settings.observability.log_format)
     use_internal_tls(settings.internal_tls)
     asyncio.run(serve(settings))
 
