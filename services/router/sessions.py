@@ -26,7 +26,8 @@ _MAX_UNREAD_STEPS = 8192
 
 
 class SessionBroken(Exception):
-    """The stream to the worker ended before the request did; `loss` is what ran there, if the request did."""
+    """The stream to the worker ended before the request did; `loss` is what ran there, unless
+    the worker was to leave anyway, or the request did not run yet."""
 
     def __init__(self, message: str, loss: Loss | None = None) -> None:
         super().__init__(message)
@@ -274,8 +275,8 @@ class Session:
         if self._outbox is None:
             return
         self._outbox = None
+        left, reason = self.draining, _reason(error)
         self._draining.discard(self.worker.worker_id)
-        reason = _reason(error)
         if not isinstance(error, asyncio.CancelledError):
             level = logging.WARNING if self._attempts else logging.INFO
             log.log(level, "session with %s broke: %s", self.worker.worker_id, reason)
@@ -287,8 +288,9 @@ class Session:
             frozenset(attempt.prompt for attempt in attempts),
             alone=self._present <= len(attempts),
         )
+        broken = f"session with {self.worker.worker_id} broke: {reason}"
         for attempt in attempts:
-            attempt.fail(SessionBroken(f"session with {self.worker.worker_id} broke: {reason}", loss))
+            attempt.fail(SessionBroken(broken, None if left else loss))
         self._on_change()
 
 
