@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 
 from baton.routing import Unplaceable
+from baton.routing.attempts import Attempts
 from baton.text import Tokenizer
 from services.router.choice import Choice
 from services.router.failures import PlacementFailed
@@ -21,8 +21,6 @@ from services.router.timeline import Recent, Timeline
 
 log = logging.getLogger(__name__)
 
-# A worker that takes over may still be starting: longer than it takes to notice that one has died.
-_REPLACEMENT_WAIT_S = 15.0
 # How long outputs are expected to be: at first, and how much the newest one changes that.
 _FIRST_GUESS_TOKENS = 256.0
 _NEWEST_WEIGHT = 0.02
@@ -113,50 +111,42 @@ class Lifecycle:
 
     async def _follow(self, choice: Choice, generation: Generation) -> None:
         """From placement to placement until the choice has ended, or too many brought nothing in a row."""
-        avoid: frozenset[str] = frozenset()
+        attempts = Attempts(self._max_placements)
         losses: list[Loss] = []
-        failures = 0
         while True:
             begun_at = len(choice.output)
             try:
                 async with self._poison.trial(generation.prompt_key, begun_at, losses) as choice.trial:
-                    if failures:
-                        hold = await self._replace(generation, choice.output, avoid)
-                    else:
-                        hold = self._placer.place(generation, choice.output, avoid)
-                    await choice.follow(hold)
+                    await choice.follow(await self._place(generation, choice.output, attempts))
                 return
             except PlacementFailed as failure:
                 log.warning("request %s: %s", generation.request_id, failure)
                 if failure.reason in _BREAKS and self._placer.suspects.broke(failure.avoid):
                     self._metrics.backed_off(failure.reason)
-                if len(choice.output) > begun_at:
-                    failures = 0
+                tokens = len(choice.output) - begun_at
+                if tokens:
                     losses.clear()
-                failures += 1
                 if failure.loss is not None:
                     losses.append(failure.loss)
-                if failures == self._max_placements:
+                # What a worker that drains holds, others may still read.
+                at_fault = None if failure.reason == "draining" else failure.avoid
+                if not attempts.failed(at_fault, tokens):
                     raise failure.final from failure
                 self._metrics.replaced(failure.reason)
-                if failure.reason != "draining":  # others may still read what it holds
-                    avoid |= {failure.avoid}
 
-    async def _replace(self, generation: Generation, output: Sequence[int], avoid: frozenset[str]) -> Hold:
-        """Another placement, as soon as there is one. The first one is made now or never."""
-        deadline_s = time.monotonic() + _REPLACEMENT_WAIT_S
+    async def _place(self, generation: Generation, output: Sequence[int], attempts: Attempts) -> Hold:
+        """The next placement, as soon as there is one: it may wait for the cluster to change."""
+        deadline_s = asyncio.get_running_loop().time() + attempts.wait_s
         while True:
+            unplaceable: Unplaceable | None = None
+            for avoid in attempts.avoiding:
+                try:
+                    return self._placer.place(generation, output, avoid)
+                except Unplaceable as error:
+                    unplaceable = unplaceable or error
+            assert unplaceable is not None
             try:
-                return self._placer.place(generation, output, avoid)
-            except Unplaceable as error:
-                unplaceable = error
-            # The worker that failed before may be all there is, and well again.
-            try:
-                return self._placer.place(generation, output, frozenset())
-            except Unplaceable:
-                pass
-            try:
-                async with asyncio.timeout(deadline_s - time.monotonic()):
+                async with asyncio.timeout_at(deadline_s):
                     await self._changes.wait()
             except TimeoutError:
                 raise unplaceable from None
