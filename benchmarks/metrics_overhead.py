@@ -4,8 +4,8 @@
 
 The same load, in rounds that alternate, on routers and clusters that differ in one thing: `off` counts
 nothing (a sitecustomize makes every counter's method do nothing), `metrics` is as baton comes, scraped once a
-second, `sampled` traces one request in a hundred besides, as it is by default with a collector, `traced` each of
-them. Traces go to a collector in this process, whose CPU does not count.
+second, `sampled` traces one request in a hundred besides, as is the default with a collector, and `traced`
+traces all of them. Traces go to a collector in this process, whose CPU does not count.
 
 - router: instant workers, 16 tokens per answer, so that what is left is the router; its CPU per request
 - cluster: one hybrid worker and the bundled model, eight clients; CPU of router, worker and kvstore per token

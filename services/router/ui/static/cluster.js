@@ -88,9 +88,7 @@ function drawLinks() {
     const d = curve(from, to, frame);
     const width = Math.min(9, 2.5 + Math.log10(1 + flow.rate / 1e5) * 1.6);
     lines.push(shape("path", { class: "kv", d, "stroke-width": width }), shape("path", { class: "kv moving", d, "stroke-width": width }));
-    const [upper, lower] = from.top < to.top ? [from, to] : [to, from];
-    const y = beside(from, to) ? from.bottom + 16 : (upper.bottom + lower.top) / 2 + 4;
-    const label = shape("text", { class: "rate", x: (middle(from) + middle(to)) / 2 - frame.left + 8 + width / 2, y: y - frame.top });
+    const label = shape("text", { class: "rate", ...besideCurve(from, to, frame) });
     label.textContent = `${bytes(flow.rate)}/s`;
     lines.push(label);
   }
@@ -99,6 +97,17 @@ function drawLinks() {
 
 const middle = (box) => box.left + box.width / 2;
 const beside = (one, other) => Math.abs(one.top - other.top) < 10;
+
+// Where a curve's label does not meet those of others: under the middle of one between neighbours, outside a
+// vertical one, and a third of the way along one that crosses others.
+function besideCurve(from, to, frame) {
+  const [x0, x1] = [middle(from) - frame.left, middle(to) - frame.left];
+  if (beside(from, to)) return { x: (x0 + x1) / 2, y: from.bottom - frame.top + 16, "text-anchor": "middle" };
+  const [start, end] = (from.top < to.top ? [from.bottom, to.top] : [from.top, to.bottom]).map((y) => y - frame.top);
+  if (Math.abs(x0 - x1) > 20) return { x: 0.75 * x0 + 0.25 * x1, y: 0.62 * start + 0.38 * end + 4, "text-anchor": "middle" };
+  const left = x0 < frame.width / 2;
+  return { x: left ? x0 - 10 : x0 + 10, y: (start + end) / 2 + 4, "text-anchor": left ? "end" : "start" };
+}
 
 // From the lower edge of one box to the upper edge of the other; beside each other, from side to side below.
 function curve(from, to, frame) {
