@@ -6,7 +6,8 @@
 each token with what the same prompt gave before anything happened.
 
 - rolling restart: every worker in turn gets SIGTERM and is started again, while clients ask without a break
-- pause: the longest time between two tokens of a stream whose decode worker was told to drain, or was killed
+- pause: the longest time between two tokens of a stream whose decode worker was told to drain, or was killed;
+  `usual_gap` is the median without that
 - flip: from the call of `WorkerAdmin.SetRole` to the first token that the worker computed, or decoded, in its
   new role; streams run on it before
 """
@@ -78,6 +79,7 @@ class Clients:
         self._session = session
         self.prompts = [random_tokens(PROMPT_TOKENS, draw) for _ in range(PROMPTS)]
         self.answers: list[list[int]] = []
+        self.usual_gap_s = 0.0
 
     async def learn(self) -> None:
         """Ask everything once, undisturbed."""
@@ -86,6 +88,8 @@ class Clients:
             if one.failure:
                 raise RuntimeError(one.failure)
         self.answers = [one.tokens for one in streamed]
+        gaps_s = (after - before for one in streamed for before, after in pairwise(one.events_s))
+        self.usual_gap_s = median(gaps_s)
 
     async def ask(
         self, prompt: list[int], tokens: int = OUTPUT_TOKENS, begun: asyncio.Event | None = None
@@ -301,6 +305,8 @@ async def measure(cluster: Cluster, rounds: int) -> Results:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         clients = Clients(cluster.base_url, session)
         await clients.learn()
+        results.figures.append(figure("usual_gap_median", clients.usual_gap_s, "s"))
+        print(f"between two tokens of {PROMPTS} streams: {clients.usual_gap_s:.4f} s", file=sys.stderr)
         for what, name, role, works in (
             ("flipped to prefill", "flip_to_prefill", worker_pb2.ROLE_PREFILL, prefilled_by_last),
             ("flipped to decode", "flip_to_decode", worker_pb2.ROLE_DECODE, decoded_by_last),
