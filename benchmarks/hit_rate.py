@@ -147,14 +147,10 @@ def _row(report: SimReport) -> list[str]:
         f"{100 * report.hit_rate:.1f}",
         f"{100 * report.pulled_tokens / max(1, report.prompt_tokens):.1f}",
         f"{uneven:.3f}",
-        _seconds(first and first.p50),
-        _seconds(first and first.p99),
+        "failed" if first is None or first.p50 is None else f"{first.p50:.2f}",
+        "failed" if first is None or first.p99 is None else f"{first.p99:.2f}",
         f"{100 * busy:.0f}",
     ]
-
-
-def _seconds(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.2f}"
 
 
 def _arguments() -> argparse.Namespace:

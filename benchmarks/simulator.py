@@ -44,8 +44,9 @@ def main() -> None:
     arguments = _arguments()
     figures: list[Figure] = []
     if "distserve" in arguments.part:
+        degrees = (1, 2) if arguments.quick else (1, 2, 4)
         for load in distserve_loads(arguments):
-            figures += distserve(*load, arguments.halvings, 2 if arguments.quick else 4)
+            figures += distserve(*load, degrees, arguments.halvings, best=1 if arguments.quick else 4)
     if "mooncake" in arguments.part:
         prefills = (8, 12) if arguments.quick else (6, 8, 10, 12, 13)
         searched = prefills, arguments.requests, arguments.halvings
@@ -120,7 +121,7 @@ def _arguments() -> argparse.Namespace:
     arguments.part = arguments.part or PARTS
     arguments.halvings = 2 if arguments.quick else 4
     if arguments.quick:
-        arguments.requests = min(arguments.requests, 250)
+        arguments.requests = min(arguments.requests, 400)
     return arguments
 
 

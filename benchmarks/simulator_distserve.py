@@ -2,7 +2,7 @@
 
 The targets are the paper's, 200 ms to the first token and 100 ms per token after it, and half the latter.
 
-Every division of `GPUS` into prefill and decode workers of tensor parallelism 1, 2 and 4 is ranked by
+Every division of `GPUS` into prefill and decode workers of several tensor parallelisms is ranked by
 `baton.planning`'s fluid model, and the best are simulated. Beside them are whole workers, as many as fit:
 with prompts in chunks beside decodes, and as the paper's baseline had it, prompts first and decodes waiting.
 """
@@ -32,7 +32,6 @@ from baton.sim.simulator import simulate
 from baton.sim.workload import from_trace
 
 GPUS = 4
-DEGREES = (1, 2, 4)
 TARGETS = {"100 ms": Targets(0.2, 0.1), "50 ms": Targets(0.2, 0.05)}
 PAPER = "DistServe's own simulator on ShareGPT at 100 ms: 1.56"
 OPT = Hardware(
@@ -47,12 +46,14 @@ BASELINES: dict[str, tuple[type[Scheduler], tuple[int, ...]]] = {
 }
 
 
-def distserve(name: str, source: str, rows: Sequence[TraceRow], halvings: int, best: int) -> list[Figure]:
+def distserve(
+    name: str, source: str, rows: Sequence[TraceRow], degrees: Sequence[int], halvings: int, best: int
+) -> list[Figure]:
     """Goodput per GPU, colocated and disaggregated; of the divisions the `best` are simulated."""
-    offers = {degree: offer_of(f"distserve:opt-13b:{degree}", OPT) for degree in DEGREES}
+    offers = {degree: offer_of(f"distserve:opt-13b:{degree}", OPT) for degree in degrees}
     like = SimCluster((), kv_bytes_per_token=OPT.kv_bytes_per_token)
     layouts: list[tuple[str, str, SimCluster]] = []
-    for (kind, (scheduler, budgets)), degree in product(BASELINES.items(), DEGREES):
+    for (kind, (scheduler, budgets)), degree in product(BASELINES.items(), degrees):
         for budget in budgets:
             worker = replace(
                 offers[degree].as_role(Role.HYBRID), max_batch_tokens=budget, scheduler=scheduler
