@@ -83,7 +83,7 @@ class Peers:
         source_blocks: Sequence[int],
         destination_blocks: Sequence[int],
         timeout_s: float,
-        digests: Sequence[bytes] = (),
+        digests: Sequence[bytes],
     ) -> ReadReport:
         """Read blocks of the peer into blocks of this worker's pool; ends as `Transfer.read` does.
 
