@@ -183,8 +183,8 @@ async def offer(load: Load, rate_per_s: float, seconds: float) -> Phase:
 
 
 async def recovery_s(load: Load, ended_s: float, usual_s: float) -> float | None:
-    """From the end of the load until a request was sent whose first token took no longer than `usual_s`; None:
-    none was."""
+    """From the end of the load until a request was sent whose first token took no longer than `usual_s`;
+    None: none was."""
     probes: list[asyncio.Task[Ended]] = []
 
     def recovered() -> list[float]:
