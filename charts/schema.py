@@ -123,7 +123,7 @@ def worker() -> Schema:
 
 def values() -> Schema:
     """The schema of values.yaml."""
-    log_level = settings("observability")["logLevel"]
+    said = settings("observability")
     path = closed(path=TEXT, pathType={"enum": ["Prefix", "Exact", "ImplementationSpecific"]})
     host = closed(host=TEXT, paths={"type": "array", "items": path})
     return {
@@ -152,7 +152,7 @@ def values() -> Schema:
             accessModes=WORDS,
             annotations=TEXTS,
         ),
-        logLevel=log_level,
+        **{name: said[name] for name in ("logLevel", "logFormat", "otlpEndpoint", "traceShare")},
         serviceAccount=closed(create=SWITCH, name=TEXT, annotations=TEXTS),
         podAnnotations=TEXTS,
         priorityClassName=TEXT,

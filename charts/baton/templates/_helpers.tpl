@@ -76,6 +76,14 @@ labels:
   value: "9090"
 - name: BATON_LOG_LEVEL
   value: {{ .Values.logLevel }}
+- name: BATON_LOG_FORMAT
+  value: {{ .Values.logFormat }}
+{{- with .Values.otlpEndpoint }}
+- name: BATON_OTLP_ENDPOINT
+  value: {{ . | quote }}
+- name: BATON_TRACE_SHARE
+  value: {{ $.Values.traceShare | quote }}
+{{- end }}
 {{- include "baton.settings" .Values.kvstore.config }}
 {{- if include "baton.internalTlsSecretName" . }}
 - name: BATON_INTERNAL_TLS_CERT
