@@ -148,7 +148,7 @@ class _Exchange:
                 self.report.tail_s = tail_s + self.clock.ended("release")
             return False
         except grpc.aio.AioRpcError as error:
-            raise HandoffFailed(f"{self.peer}: {error.code().name}: {error.details()}") from error
+            raise _broken(self.peer, error) from error
         except ExceptionGroup as group:
             raise _first_failure(group, self.peer) from group
         finally:
@@ -248,10 +248,18 @@ async def next_response(call: HandoffCall, peer: Peer, timeout_s: float) -> work
         raise HandoffFailed(f"{peer} sent nothing for {timeout_s:g} s") from error
     if isinstance(response, worker_pb2.HandoffResponse):
         return response
-    code, details = await call.code(), await call.details()
+    raise _ended(peer, await call.code(), await call.details())
+
+
+def _broken(peer: Peer, error: grpc.aio.AioRpcError) -> HandoffFailed:
+    return _ended(peer, error.code(), error.details() or "")
+
+
+def _ended(peer: Peer, code: grpc.StatusCode, details: str) -> HandoffFailed:
+    """Why a handoff is over: refused, or broken."""
     if code is grpc.StatusCode.ABORTED:
-        raise PrefillRefused(f"{peer}: {details}")
-    raise HandoffFailed(f"{peer} ended the handoff early: {code.name}: {details}")
+        return PrefillRefused(f"{peer}: {details}")
+    return HandoffFailed(f"{peer} ended the handoff: {code.name}: {details}")
 
 
 def _first_failure(group: ExceptionGroup[Exception], peer: Peer) -> HandoffFailed:
@@ -260,7 +268,7 @@ def _first_failure(group: ExceptionGroup[Exception], peer: Peer) -> HandoffFaile
         if isinstance(error, HandoffFailed):
             return error
         if isinstance(error, grpc.aio.AioRpcError):
-            return HandoffFailed(f"{peer}: {error.code().name}: {error.details()}")
+            return _broken(peer, error)
         if isinstance(error, TimeoutError):
             return HandoffFailed("no KV blocks became free for the handoff in time")
     return HandoffFailed(f"{peer}: {group.exceptions[0]!r}")
