@@ -103,7 +103,7 @@ def test_a_worker_that_cannot_be_read_from_is_passed_over_in_sight(start_cluster
         assert counter(status.metrics_address, "baton_handoffs_total", outcome="failed") == 1
         assert status.kv_transfer_bytes == 0
         assert status.pinned_blocks == 0
-        router = cluster.base_url.removeprefix("http://")
+        router = cluster.own_url.removeprefix("http://")
         for name in ("baton_router_replacements_total", "baton_router_backoffs_total"):
             counts = {
                 dict(labels)["reason"]: value

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ import psutil
 import pytest
 import yaml
 
-from baton.cli.preflight import claim_port
 from deploy.ray.scaling import KV_USAGE, QUEUED_TOKENS, by_queue
 from tests.cluster import ROOT
 
@@ -31,7 +31,7 @@ _START_S = 240.0
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of the OpenAI API of an application with two workers of each role, on a Ray cluster of its own."""
     folder = tmp_path_factory.mktemp("ray")
-    port, http_port = (claim_port("127.0.0.1", 0, "--port") for _ in range(2))
+    port, http_port = _ephemeral_port(), _ephemeral_port()
     config = {
         "http_options": {"host": "127.0.0.1", "port": http_port},
         "applications": [
@@ -58,6 +58,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 yield url
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _ephemeral_port() -> int:
+    """Above those that Ray gives to its own workers, 10002 to 19999."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def _serves(url: str) -> bool:
