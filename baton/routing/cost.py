@@ -171,7 +171,9 @@ def beside_decoding(worker: WorkerView, request: Request, prefill: PrefillCost) 
     pace = Pace(worker.itl_target_s, worker.prefill_curve, worker.decode_curve)
     paced_s = pace.paced_s(max(1, worker.running), request.prompt_tokens - prefill.cached_tokens)
     if paced_s is None:
-        return prefill, _PAUSE * (worker.running + worker.waiting) * prefill.compute_s
+        # Somebody will decode there meanwhile, where that is to take no longer than the target.
+        others = max(worker.running + worker.waiting, 1 if worker.itl_target_s else 0)
+        return prefill, _PAUSE * others * prefill.compute_s
     return prefill._replace(compute_s=max(paced_s, prefill.compute_s)), 0.0
 
 
