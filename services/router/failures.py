@@ -54,7 +54,7 @@ def _failure(error: worker_pb2.RequestError, placement: Placement) -> Exception:
             return PlacementFailed("draining", decode, Unavailable(error.message))
         case _Error.PREFILL_REFUSED:
             at_fault = prefill.worker_id if prefill is not None else decode
-            return PlacementFailed("draining", at_fault, Unavailable(error.message))
+            return PlacementFailed("prefill_refused", at_fault, Unavailable(error.message))
         case _Error.MOVED:
             return PlacementFailed("moved", decode, Unavailable(error.message))
         case _Error.EXPIRED:
