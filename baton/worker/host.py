@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import uuid
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from prometheus_client import REGISTRY, start_http_server
+from prometheus_client import REGISTRY
 
 from baton.attention.base import AttentionBackend, KvCache
 from baton.attention.select import block_bytes, create_backend, preferred_block_size
@@ -32,6 +31,7 @@ from baton.machine import usable_cores
 from baton.model_folder import model_folder
 from baton.models.base import Model
 from baton.models.loader import load_model
+from baton.process import serve_metrics, stop_on_signals
 from baton.routing.pacing import Pace
 from baton.routing.rates import notably_differ
 from baton.routing.view import Curve, Role
@@ -159,10 +159,7 @@ async def run_worker(settings: Settings) -> None:
     Raises:
         BatonError: the worker could not start, or its engine died.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = stop_on_signals()
     startup = Startup()
     loaded = await asyncio.to_thread(load, settings, startup)
     if stop.is_set():
@@ -205,9 +202,7 @@ class Worker:
         incarnation = uuid.uuid4().hex[:12]
         chosen, model, cache = settings.worker, loaded.model, loaded.attention.cache
         metrics_host = settings.observability.metrics_host or chosen.worker_host
-        metrics_server, metrics_thread = start_http_server(
-            settings.observability.metrics_port, addr=metrics_host
-        )
+        metrics_server, metrics_thread = serve_metrics(metrics_host, settings.observability.metrics_port)
         stack.callback(metrics_thread.join)
         stack.callback(metrics_server.shutdown)
         server = await stack.enter_async_context(Server())

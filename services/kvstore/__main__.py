@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 
 import click
 
 from baton.cli.options import settings_options
 from baton.config import PROCESS_SECTIONS, Settings
 from baton.logs import configure
+from baton.process import serve_metrics, stop_on_signals
 from baton.rpc.channels import use_internal_tls
 from baton.rpc.probes import answer_probes
 from baton.rpc.server import Server
@@ -27,10 +27,7 @@ log = logging.getLogger(__name__)
 
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = stop_on_signals()
 
     chosen = settings.kvstore
     metrics = Metrics()
@@ -57,7 +54,7 @@ async def serve(settings: Settings) -> None:
         server.add(kvstore_pb2_grpc.add_ReservationsServicer_to_server, reservations, "baton.v1.Reservations")
         port = server.bind(chosen.kvstore_host, chosen.kvstore_port, flag="--kvstore-port")
         metrics_host = settings.observability.metrics_host or chosen.kvstore_host
-        metrics_server = metrics.serve(metrics_host, settings.observability.metrics_port)
+        metrics_server, _ = serve_metrics(metrics_host, settings.observability.metrics_port, metrics.registry)
         answer_probes(metrics_server, lambda: server.serving)
         state.restore(await backend.load())
         await server.start()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from wsgiref.simple_server import WSGIServer
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-
-from baton.config import BadSetting
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
 class Metrics:
@@ -50,21 +46,6 @@ class Metrics:
             ["verdict"],
             registry=self.registry,
         )
-
-    def serve(self, host: str, port: int) -> WSGIServer:
-        """Serve /metrics from a thread of its own.
-
-        Raises:
-            BadSetting: the port is taken.
-        """
-        try:
-            server, _ = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise BadSetting(
-                f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port",
-                field="metrics_port",
-            ) from error
-        return server
 
 
 class RedisMetrics:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from baton.config import BadSetting
 from baton.planning.controller import Verdict
 from baton.routing import Role
 
@@ -61,18 +60,3 @@ class Metrics:
             self._workers.labels(role.value).set(workers.get(role, 0))
         self._prompts.set(verdict.need.prompts_per_s)
         self._decoding.set(verdict.need.decoding)
-
-    def serve(self, host: str, port: int) -> int:
-        """Serve /metrics from a thread of its own; returns the real port.
-
-        Raises:
-            BadSetting: the port is taken.
-        """
-        try:
-            server, _ = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise BadSetting(
-                f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port",
-                field="metrics_port",
-            ) from error
-        return int(server.server_port)

@@ -22,7 +22,7 @@ from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from services.planner.demand import Routers
 from services.planner.leader import Leadership
 from services.planner.metrics import Metrics
-from services.planner.workloads import Workload, Workloads
+from services.planner.workloads import Deployments, Workload
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ _REFUSALS = (ApiException, aiohttp.ClientError, grpc.aio.AioRpcError, TimeoutErr
 
 @dataclass(frozen=True)
 class Reach:
-    """Whom the planner hears and moves."""
+    """Whom the planner hears and moves; `deployments` is None where nothing can be scaled."""
 
     registry: RegistryWatch
     routers: Routers
-    workloads: Workloads
+    deployments: Deployments | None
     leadership: Leadership
 
 
@@ -75,7 +75,7 @@ class Planner:
             # Without news of the workers or of what is asked of them, nothing is better than something.
             self._metrics.rounds.labels("blind").inc()
             return
-        workloads = await reach.workloads.read()
+        workloads = await reach.deployments.read() if reach.deployments is not None else {}
         workers = reach.registry.views()
         sight = Sight(
             now_s=now_s,
@@ -111,19 +111,20 @@ class Planner:
 
     async def _carry_out(self, decision: Decision, workloads: Mapping[Role, Workload]) -> None:
         """Do one thing and say so. One that fails is decided again in a later round, if need be."""
+        deployments = self._reach.deployments
         try:
             match decision:
                 case Flip(worker_id, role):
                     await self._flip(worker_id, role)
                 case Add(role, count):
-                    if role not in workloads:
+                    if deployments is None or role not in workloads:
                         return
-                    await self._reach.workloads.scale(workloads[role], workloads[role].replicas + count)
+                    await deployments.scale(workloads[role], workloads[role].replicas + count)
                 case Remove(worker_id):
                     workload = owner(workloads, worker_id)
-                    if workload is None or not workload.replicas:
+                    if deployments is None or workload is None or not workload.replicas:
                         return
-                    await self._reach.workloads.scale(workload, workload.replicas - 1)
+                    await deployments.scale(workload, workload.replicas - 1)
         except _REFUSALS as error:
             log.error("%s: %s", _words(decision), _said(error))
             self._metrics.decisions.labels(*_labels(decision), "failed").inc()
@@ -136,13 +137,15 @@ class Planner:
         if outcome == "dry":
             words = f"would {words[0].lower()}{words[1:]}"
         log.info("%s", words)
+        if self._reach.deployments is None:
+            return  # the log has it
         about = (
             workloads.get(decision.role)
             if isinstance(decision, Add)
             else owner(workloads, decision.worker_id)
         )
         try:
-            await self._reach.workloads.tell(about, _KINDS[type(decision)], words)
+            await self._reach.deployments.tell(about, _KINDS[type(decision)], words)
         except _REFUSALS as error:
             log.warning("no Event for it: %s", _said(error))
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
 
 from kubernetes.aio.client import (
     ApiClient,
@@ -38,32 +37,6 @@ class Workload:
         return worker_id.rpartition("-")[0].rpartition("-")[0] == self.name
 
 
-class Workloads(Protocol):
-    """Where workers come from."""
-
-    async def read(self) -> Mapping[Role, Workload]:
-        """The workloads by the role in which their workers start; none where nothing can be scaled."""
-
-    async def scale(self, workload: Workload, replicas: int) -> None:
-        """Ask for so many workers."""
-
-    async def tell(self, workload: Workload | None, kind: str, reason: str) -> None:
-        """Write down a decision where people look for it. `kind` is a word in CamelCase."""
-
-
-class NoWorkloads:
-    """Workers come from somewhere else: nothing can be scaled."""
-
-    async def read(self) -> Mapping[Role, Workload]:
-        return {}
-
-    async def scale(self, workload: Workload, replicas: int) -> None:
-        raise NotImplementedError(f"{workload.name} cannot be scaled from here")
-
-    async def tell(self, workload: Workload | None, kind: str, reason: str) -> None:
-        """The log has it already."""
-
-
 class Deployments:
     """Deployments of one namespace, `names` by the role of their workers.
 
@@ -80,6 +53,7 @@ class Deployments:
         self._reporter = reporter
 
     async def read(self) -> Mapping[Role, Workload]:
+        """The Deployments by the role in which their workers start."""
         found = {}
         for role, name in self._names.items():
             scale = await self._apps.read_namespaced_deployment_scale(
@@ -89,6 +63,7 @@ class Deployments:
         return found
 
     async def scale(self, workload: Workload, replicas: int) -> None:
+        """Ask for so many workers."""
         await self._apps.patch_namespaced_deployment_scale(
             workload.name,
             self._namespace,
@@ -98,6 +73,7 @@ class Deployments:
         )
 
     async def tell(self, workload: Workload | None, kind: str, reason: str) -> None:
+        """Write a decision down where people look for it. `kind` is a word in CamelCase."""
         about = workload.name if workload is not None else self._names[Role.DECODE]
         now = datetime.now(UTC)
         await self._core.create_namespaced_event(

@@ -14,11 +14,11 @@ _Error = worker_pb2.RequestError
 class PlacementFailed(Exception):
     """A placement ended before its request did; another one may work.
 
-    `avoid` is the worker at fault; `final` is what the client is told when no placement is left. `loss` is
-    set when its session broke.
+    `avoid` is the worker to keep away from, None where others may still read what it holds; `final` is what
+    the client is told when no placement is left. `loss` is set when its session broke.
     """
 
-    def __init__(self, reason: str, avoid: str, final: BatonError, loss: Loss | None = None) -> None:
+    def __init__(self, reason: str, avoid: str | None, final: BatonError, loss: Loss | None = None) -> None:
         super().__init__(f"{reason}: {final.message}")
         self.reason = reason
         self.avoid = avoid
@@ -51,7 +51,7 @@ def _failure(error: worker_pb2.RequestError, placement: Placement) -> Exception:
             overloaded = Overloaded(error.message, retry_after_s=_RETRY_AFTER_S)
             return PlacementFailed("overloaded", decode, overloaded)
         case _Error.DRAINING:
-            return PlacementFailed("draining", decode, Unavailable(error.message))
+            return PlacementFailed("draining", None, Unavailable(error.message))
         case _Error.PREFILL_REFUSED:
             at_fault = prefill.worker_id if prefill is not None else decode
             return PlacementFailed("prefill_refused", at_fault, Unavailable(error.message))

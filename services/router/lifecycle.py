@@ -121,16 +121,14 @@ class Lifecycle:
                 return
             except PlacementFailed as failure:
                 log.warning("request %s: %s", generation.request_id, failure)
-                if failure.reason in _BREAKS and self._placer.suspects.broke(failure.avoid):
+                if failure.avoid and failure.reason in _BREAKS and self._placer.suspects.broke(failure.avoid):
                     self._metrics.backed_off(failure.reason)
                 tokens = len(choice.output) - begun_at
                 if tokens:
                     losses.clear()
                 if failure.loss is not None:
                     losses.append(failure.loss)
-                # What a worker that drains holds, others may still read.
-                at_fault = None if failure.reason == "draining" else failure.avoid
-                if not attempts.failed(at_fault, tokens):
+                if not attempts.failed(failure.avoid, tokens):
                     raise failure.final from failure
                 self._metrics.replaced(failure.reason)
 
