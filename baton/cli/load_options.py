@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from baton.bench.plan import Load
 from baton.bench.result import Result, Run, save
 from baton.bench.table import table
 from baton.bench.trace import TraceKind
+from baton.cli.options import together
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -44,75 +44,64 @@ class _Rates(click.ParamType[tuple[float, ...]]):
         return rates
 
 
-def load_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The flags that say which requests come when; see `load_of`."""
-    for option in reversed(
-        (
-            click.option(
-                "--request-rate",
-                "rates",
-                type=_Rates(),
-                default=(),
-                help="open loop: requests per second; several, with commas, are a sweep",
-            ),
-            click.option(
-                "--arrival-pattern",
-                "pattern",
-                type=click.Choice(get_args(Pattern)),
-                default="poisson",
-                show_default=True,
-            ),
-            click.option(
-                "--burstiness",
-                type=POSITIVE,
-                default=1.0,
-                show_default=True,
-                help="of poisson: below 1 is burstier",
-            ),
-            click.option("--concurrency", type=click.IntRange(min=1), help="closed loop: requests in flight"),
-            click.option("--num-prompts", type=click.IntRange(min=1), help="requests per run at most"),
-            click.option("--duration", type=POSITIVE, help="seconds in which a run sends requests, at most"),
-            click.option("--trace", type=FILE, help="replay a recorded workload instead of made-up lengths"),
-            click.option(
-                "--trace-kind",
-                type=click.Choice(get_args(TraceKind)),
-                help="[by the file's suffix: jsonl, csv, json]",
-            ),
-            click.option(
-                "--trace-speed", type=POSITIVE, default=1.0, show_default=True, help="2 is twice as fast"
-            ),
-            click.option(
-                "--length-scale",
-                type=POSITIVE,
-                default=1.0,
-                show_default=True,
-                help="multiply the trace's lengths, for small models; what prompts share stays shared",
-            ),
-            click.option(
-                "--input-len", type=click.IntRange(min=1), default=512, show_default=True, help="tokens"
-            ),
-            click.option(
-                "--output-len", type=click.IntRange(min=1), default=128, show_default=True, help="tokens"
-            ),
-            click.option(
-                "--range-ratio",
-                type=click.FloatRange(0, 1),
-                default=0.0,
-                show_default=True,
-                help="lengths are drawn evenly from 1 - this to 1 + this times the mean",
-            ),
-            click.option(
-                "--prefix-len",
-                type=click.IntRange(min=0),
-                default=0,
-                show_default=True,
-                help="leading tokens of the input that all requests share",
-            ),
-            click.option("--seed", type=int, default=0, show_default=True),
-        )
-    ):
-        command = option(command)
-    return command
+load_options = together(
+    click.option(
+        "--request-rate",
+        "rates",
+        type=_Rates(),
+        default=(),
+        help="open loop: requests per second; several, with commas, are a sweep",
+    ),
+    click.option(
+        "--arrival-pattern",
+        "pattern",
+        type=click.Choice(get_args(Pattern)),
+        default="poisson",
+        show_default=True,
+    ),
+    click.option(
+        "--burstiness",
+        type=POSITIVE,
+        default=1.0,
+        show_default=True,
+        help="of poisson: below 1 is burstier",
+    ),
+    click.option("--concurrency", type=click.IntRange(min=1), help="closed loop: requests in flight"),
+    click.option("--num-prompts", type=click.IntRange(min=1), help="requests per run at most"),
+    click.option("--duration", type=POSITIVE, help="seconds in which a run sends requests, at most"),
+    click.option("--trace", type=FILE, help="replay a recorded workload instead of made-up lengths"),
+    click.option(
+        "--trace-kind",
+        type=click.Choice(get_args(TraceKind)),
+        help="[by the file's suffix: jsonl, csv, json]",
+    ),
+    click.option("--trace-speed", type=POSITIVE, default=1.0, show_default=True, help="2 is twice as fast"),
+    click.option(
+        "--length-scale",
+        type=POSITIVE,
+        default=1.0,
+        show_default=True,
+        help="multiply the trace's lengths, for small models; what prompts share stays shared",
+    ),
+    click.option("--input-len", type=click.IntRange(min=1), default=512, show_default=True, help="tokens"),
+    click.option("--output-len", type=click.IntRange(min=1), default=128, show_default=True, help="tokens"),
+    click.option(
+        "--range-ratio",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        show_default=True,
+        help="lengths are drawn evenly from 1 - this to 1 + this times the mean",
+    ),
+    click.option(
+        "--prefix-len",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="leading tokens of the input that all requests share",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True),
+)
+"""The flags that say which requests come when; see `load_of`."""
 
 
 def load_of(given: dict[str, Any], *, warmup: int = 0, text: bool = False) -> Load:
@@ -143,18 +132,18 @@ def load_of(given: dict[str, Any], *, warmup: int = 0, text: bool = False) -> Lo
     return load
 
 
-def report_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The flags that `baton bench` and `baton simulate` share: what is good, what it costs, where it goes."""
-    for option in reversed(
-        (
-            click.option("--slo-ttft", type=POSITIVE, help="target: seconds to the first token"),
-            click.option("--slo-tpot", type=POSITIVE, help="target: mean seconds per token after it"),
-            click.option("--out", type=FILE, help="file for the figures, as JSON"),
-            click.option("--html", type=FILE, help="file for a report with plots, which needs nothing else"),
-        )
-    ):
-        command = option(command)
-    return command
+slo_options = together(
+    click.option("--slo-ttft", type=POSITIVE, help="target: seconds to the first token"),
+    click.option("--slo-tpot", type=POSITIVE, help="target: mean seconds per token after it"),
+)
+"""The flags that say what is in time."""
+
+report_options = together(
+    slo_options,
+    click.option("--out", type=FILE, help="file for the figures, as JSON"),
+    click.option("--html", type=FILE, help="file for a report with plots, which needs nothing else"),
+)
+"""The flags that `baton bench` and `baton simulate` share: what is good, what it costs, where it goes."""
 
 
 def require(*modules: str) -> None:

@@ -12,13 +12,14 @@ import click
 from baton.config import BadSetting, Effective, declared, flag, resolve, variable
 from baton.errors import BatonError
 
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+"""What gives a command its options."""
+
 _EFFECTIVE = "baton.effective"
 _NUMBERS: dict[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT}
 
 
-def settings_options(
-    *sections: str, without: Collection[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def settings_options(*sections: str, without: Collection[str] = ()) -> Decorator:
     """Give a click command a flag for every setting in `sections` of the settings tree but `without`.
 
     The command gets the whole tree, settled, as its keyword argument `settings`::
@@ -54,13 +55,24 @@ def settings_options(
     return decorate
 
 
+def together(*options: Decorator) -> Decorator:
+    """One decorator that gives a command all these options, listed in this order by --help."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def effective_settings() -> list[Effective]:
     """Every setting of the running command with where its value came from."""
     found: list[Effective] = click.get_current_context().meta[_EFFECTIVE]
     return found
 
 
-def _option(item: Field[Any], kind: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _option(item: Field[Any], kind: Any) -> Decorator:
     # The default stays None, so that a flag not given leaves the environment's value alone.
     shown = "nothing" if item.default in ("", None) else item.default
     text = f"{item.metadata['help']}  [env {variable(item.name)}; default {shown}]"

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from baton.bench.load import cut
 from baton.bench.summary import Targets
-from baton.cli.load_options import FILE, POSITIVE, load_of, load_options
+from baton.cli.load_options import FILE, POSITIVE, load_of, load_options, slo_options
+from baton.cli.sim_options import worker_options
 from baton.cli.tables import print_table
 from baton.config import BadSetting
 from baton.planning.offers import Hardware, offer_of
@@ -30,8 +31,7 @@ _COLUMNS = ("prefill", "decode", "ratio", "GPUs", "predicted", "simulated", "TTF
     "--profile", "profiles", multiple=True, required=True, metavar="NAME[@GPUS]",
     help=f"step times of a worker that may be had, and the GPUs it takes; several are alternatives: {NAMES}",
 )  # fmt: skip
-@click.option("--slo-ttft", type=POSITIVE, help="target: seconds to the first token")
-@click.option("--slo-tpot", type=POSITIVE, help="target: mean seconds per token after it")
+@slo_options
 @click.option(
     "--attainment", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True,
     help="share of the requests that must meet both targets",
@@ -42,20 +42,10 @@ _COLUMNS = ("prefill", "decode", "ratio", "GPUs", "predicted", "simulated", "TTF
     "--weight-bytes", type=click.FloatRange(min=0), default=0.0, show_default=True, help="of the model"
 )
 @click.option(
-    "--kv-bytes-per-token", type=click.IntRange(min=1), default=131_072, show_default=True,
-    help="of keys and values, all layers",
-)  # fmt: skip
-@click.option(
     "--kv-tokens", type=click.IntRange(min=0), default=0,
     help="that a worker holds  [default: what the weights leave of nine tenths of its GPUs]",
 )  # fmt: skip
-@click.option("--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="tokens")
-@click.option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True)
-@click.option("--max-batch-requests", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option(
-    "--network-bytes-per-s", type=POSITIVE, default=12.5e9, show_default=True,
-    help="of a worker's network card, each way",
-)  # fmt: skip
+@worker_options
 @click.option("--values", type=FILE, help="file for the plan as Helm values")
 @load_options
 def plan(**given: Any) -> None:
@@ -104,14 +94,11 @@ def _goal(given: dict[str, Any]) -> Goal:
 
 
 def _hardware(given: dict[str, Any]) -> Hardware:
-    block = given["block_size"]
-    if block & (block - 1):
-        raise BadSetting(f"--block-size {block} is not a power of two")
     return Hardware(
         gpu_bytes=given["gpu_bytes"],
         weight_bytes=given["weight_bytes"],
         kv_bytes_per_token=given["kv_bytes_per_token"],
-        block_tokens=block,
+        block_tokens=given["block_size"],
         kv_tokens=given["kv_tokens"],
         max_batch_tokens=given["max_batch_tokens"],
         max_batch_requests=given["max_batch_requests"],

@@ -14,6 +14,7 @@ from baton.bench.result import Run, run_of
 from baton.bench.summary import Targets
 from baton.bench.trace import TraceRow
 from baton.cli.load_options import POSITIVE, load_of, load_options, report_options, require, result_of, write
+from baton.cli.sim_options import worker_options
 from baton.config import BadSetting, PolicyName
 from baton.routing import Role
 from baton.sim.cluster import SimCluster, WorkerSpec
@@ -32,17 +33,7 @@ from baton.sim.workload import from_trace
 @click.option(
     "--kv-tokens", type=click.IntRange(min=1), default=500_000, show_default=True, help="per worker"
 )
-@click.option(
-    "--kv-bytes-per-token", type=click.IntRange(min=1), default=131_072, show_default=True,
-    help="of keys and values, all layers",
-)  # fmt: skip
-@click.option("--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="tokens")
-@click.option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True)
-@click.option("--max-batch-requests", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option(
-    "--network-bytes-per-s", type=POSITIVE, default=12.5e9, show_default=True,
-    help="of a worker's network card, each way",
-)  # fmt: skip
+@worker_options
 @click.option("--gpus-per-worker", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--price-per-gpu-hour", type=POSITIVE, help="in any currency")
 @click.option("--routers", type=click.IntRange(min=1), default=1, show_default=True)
@@ -69,8 +60,6 @@ def simulate_command(**given: Any) -> None:
 def _cluster(given: dict[str, Any]) -> SimCluster:
     speed = speed_of(given["profile"])
     block = given["block_size"]
-    if block & (block - 1):
-        raise BadSetting(f"--block-size {block} is not a power of two")
     counts = {Role.PREFILL: given["prefill"], Role.DECODE: given["decode"], Role.HYBRID: given["hybrid"]}
     roles = [role for role, count in counts.items() for _ in range(count)]
     if not any(role.decodes for role in roles):
