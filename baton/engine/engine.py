@@ -14,11 +14,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import InitVar, dataclass, field
 
 from baton.engine.costs import Tally
 from baton.engine.freezing import Freezer
@@ -38,8 +36,8 @@ from baton.engine.scheduler import Load as TierLoad
 from baton.engine.scheduler import Scheduled, Scheduler
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import State, Work
+from baton.engine.tiering import Tiering
 from baton.kv.events import Tier
-from baton.kv.lower import Spill
 from baton.sampling import FinishReason
 
 log = logging.getLogger(__name__)
@@ -72,18 +70,18 @@ class Engine:
     runner: StepRunner
     observer: Observer
     stop_rule: Stop
-    mover: TierMover | None = None
+    mover: InitVar[TierMover | None] = None
     overlap: bool = False
-    tier_misses: Counter[tuple[Tier, str]] = field(default_factory=Counter, init=False)
-    fetched_blocks: Counter[Tier] = field(default_factory=Counter, init=False)
     tally: Tally = field(default_factory=Tally, init=False)
+    tiering: Tiering = field(init=False)
     _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
     _stopping: bool = field(default=False, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _reservations: Reservations = field(init=False)
     _freezer: Freezer = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, mover: TierMover | None) -> None:
+        self.tiering = Tiering(self.scheduler.pool, mover, self._changed, self._moved)
         self._reservations = Reservations(self.scheduler)
         self._freezer = Freezer(self.scheduler)
         self.scheduler.max_model_len = self.stop_rule.max_model_len
@@ -403,46 +401,16 @@ class Engine:
         if failed:
             self.observer.outputs(failed)
 
-    # ---- tiers --------------------------------------------------------------------------------
-
     def _move(self, loads: Sequence[TierLoad]) -> None:
         """Start what is to move between tiers now, and publish what has changed."""
-        if self.mover is not None:
-            for load in loads:
-                self.mover.fetch(load.held, load.blocks, partial(self._loaded, load))
-            lower = self.scheduler.pool.lower
-            if lower is not None and (spills := lower.spills()):
-                self.mover.spill(spills, self._spilled)
-        self._publish_index()
-
-    def _loaded(self, load: TierLoad, reasons: Sequence[str]) -> None:
-        pool = self.scheduler.pool
-        with self._changed:
-            good = next((at for at, reason in enumerate(reasons) if reason), len(reasons))
-            load.loaded(good)
-            for held, reason in zip(load.held, reasons, strict=True):
-                if reason:
-                    self.tier_misses[held.tier, reason] += 1
-                    pool.lose(held)
-                else:
-                    self.fetched_blocks[held.tier] += 1
-                    pool.let_go([held])
-            self._move([])
-            self._reservations.grant()
-            self._changed.notify()
-
-    def _spilled(self, spill: Spill, ok: bool) -> None:
-        with self._changed:
-            lower = self.scheduler.pool.lower
-            if lower is not None:
-                lower.spilled(spill, ok=ok)
-            if not ok:
-                self.tier_misses[Tier.DISK, "write_error"] += 1
-            self._move([])
-
-    def _publish_index(self) -> None:
+        self.tiering.start(loads)
         if events := self.scheduler.pool.take_events():
             self.observer.index_changed(events)
+
+    def _moved(self) -> None:
+        self._move([])
+        self._reservations.grant()
+        self._changed.notify()
 
 
 def _choices(batch: list[Scheduled]) -> list[Choice]:

@@ -203,11 +203,11 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily("baton_device_peak_bytes_per_second", text, value=peak.bytes_per_s)
 
     def _tiers(self) -> Iterator[Metric]:
-        engine = self._engine
+        tiering = self._engine.tiering
         fetched = CounterMetricFamily(
             "baton_kv_tier_fetched_blocks", "Blocks brought up from a tier", labels=["tier"]
         )
-        for tier, blocks in engine.fetched_blocks.copy().items():
+        for tier, blocks in tiering.fetched_blocks.copy().items():
             fetched.add_metric([tier.name.lower()], blocks)
         yield fetched
         misses = CounterMetricFamily(
@@ -215,7 +215,7 @@ class EngineCollector(Collector):
             "Blocks of a tier that could not be used, by why",
             labels=["tier", "reason"],
         )
-        for (tier, reason), blocks in engine.tier_misses.copy().items():
+        for (tier, reason), blocks in tiering.misses.copy().items():
             misses.add_metric([tier.name.lower(), reason], blocks)
         yield misses
 

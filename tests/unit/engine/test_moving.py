@@ -13,7 +13,7 @@ from baton.engine.reservations import Pinned, Reservation
 from baton.engine.scheduler import Limits
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
-from tests.unit.engine.test_engine import Collector, Running, choice, expected
+from tests.unit.engine.fake_engine import Collector, Running, choice, expected
 
 LIMITS = Limits(max_batch_tokens=64, max_batch_requests=16, max_waiting=100)
 _STEP_S = 0.0005
@@ -65,9 +65,9 @@ def _take_over(
 ) -> Choice | None:
     held = reservation.held
     complete = max(held, len(pinned.blocks))
-    target.engine.reserve(reservation, complete + 2).result(timeout=10)
+    target.engine.reserve(reservation, complete + 2).result(timeout=60)
     copy(source, pinned.blocks[held:], target, reservation.blocks[held:complete])
-    if not source.engine.freeze(one).result(timeout=10):
+    if not source.engine.freeze(one).result(timeout=60):
         target.engine.drop(reservation)
         return None
     for token in one.tokens[one.prompt_len :]:
@@ -75,7 +75,7 @@ def _take_over(
     taken.started = True
     total = one.blocks_for(len(one.tokens) - 1)
     if total > len(reservation.blocks):
-        target.engine.reserve(reservation, total).result(timeout=10)
+        target.engine.reserve(reservation, total).result(timeout=60)
     copy(source, one.blocks[complete:total], target, reservation.blocks[complete:total])
     source.engine.cancel(one)
     target.engine.adopt(reservation, taken)
@@ -113,7 +113,7 @@ def test_what_is_not_taken_goes_on_where_it_was(overlap) -> None:
         begun(running, 0, 3)
         pinned = running.engine.pin_computed(one)
         assert pinned is not None
-        assert running.engine.freeze(one).result(timeout=10)
+        assert running.engine.freeze(one).result(timeout=60)
         begun(running, 1, 60)  # others go on meanwhile
         stood = len(one.tokens)
         running.engine.thaw(one)
@@ -129,7 +129,7 @@ def test_a_frozen_choice_that_is_cancelled_keeps_its_blocks_until_it_is_thawed(o
         one = choice(0, [1, 2, 3, 4, 5], 60)
         running.engine.submit(one)
         begun(running, 0, 3)
-        assert running.engine.freeze(one).result(timeout=10)
+        assert running.engine.freeze(one).result(timeout=60)
         running.engine.cancel(one)
         assert running.pool.pinned == len(one.blocks) > 0
         running.engine.thaw(one)
@@ -141,7 +141,7 @@ def test_a_choice_that_ends_before_it_stops_is_not_frozen(overlap) -> None:
         one = choice(0, [1, 2, 3], 2)
         running.engine.submit(one)
         running.collector.wait(lambda: 0 in running.collector.finished)
-        assert not running.engine.freeze(one).result(timeout=10)
+        assert not running.engine.freeze(one).result(timeout=60)
         running.engine.thaw(one)
         assert running.pool.pinned == 0
 

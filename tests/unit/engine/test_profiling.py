@@ -11,7 +11,7 @@ from baton.engine.profiling import Profiler, StepClock
 from baton.engine.scheduler import Limits, Scheduler
 from baton.errors import BatonError
 from baton.kv.pool import BlockPool
-from tests.unit.engine.test_engine import BLOCK, FakeModel, FakeStep
+from tests.unit.engine.fake_engine import BLOCK, FakeModel, FakeStep
 
 BLOCKS = 200
 

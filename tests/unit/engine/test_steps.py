@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from paged_reference import flashinfer, varlen_attn
-from test_engine import Collector
 
 from baton.attention.base import AttentionBackend, AttentionBatch
 from baton.attention.flash import FlashAttention
@@ -28,6 +27,7 @@ from baton.kv.pool import BlockPool
 from baton.models.base import Model
 from baton.models.loader import load_model
 from baton.sampling import Sampling
+from tests.unit.engine.fake_engine import Collector
 
 BLOCK = 8
 BLOCKS = 40
