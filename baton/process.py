@@ -9,6 +9,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
+from baton.addresses import join
 from baton.config import BadSetting
 
 
@@ -31,6 +32,6 @@ def serve_metrics(host: str, port: int, registry: CollectorRegistry = REGISTRY) 
         return start_http_server(port, host, registry)
     except OSError as error:
         raise BadSetting(
-            f"cannot serve metrics on {host}:{port}: {error}; choose another --metrics-port",
+            f"cannot serve metrics on {join(host, port)}: {error}; choose another --metrics-port",
             field="metrics_port",
         ) from error

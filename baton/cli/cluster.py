@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from baton.addresses import join
 from baton.cli.preflight import CannotStart, check_memory, claim_port
 from baton.cli.readiness import Readiness
 from baton.cli.supervisor import Probe, ProcessSpec
@@ -195,4 +196,4 @@ def _arguments(values: Mapping[str, object]) -> tuple[str, ...]:
 def _reachable(host: str, port: int) -> str:
     """The address at which this machine reaches a process that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return join(host, port)

@@ -6,6 +6,7 @@ import errno
 import json
 from pathlib import Path
 
+from baton.addresses import join
 from baton.errors import BatonError
 from baton.machine import available_bytes
 from baton.ports import check_free, unused_port
@@ -34,7 +35,9 @@ def claim_port(host: str, port: int, flag: str) -> int:
             raise CannotStart(
                 f"port {port} on {host} is in use; stop what listens there or choose another with {flag}"
             ) from error
-        raise CannotStart(f"cannot listen on {host}:{port} ({flag}): {error.strerror or error}") from error
+        raise CannotStart(
+            f"cannot listen on {join(host, port)} ({flag}): {error.strerror or error}"
+        ) from error
 
 
 def check_memory(folder: Path, dtype: str, workers: int, kv_bytes: int) -> None:

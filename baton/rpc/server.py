@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from baton.addresses import join
 from baton.config import BadSetting
 from baton.rpc.channels import SHARED_OPTIONS, internal_credentials
 
@@ -74,14 +75,14 @@ class Server:
         Raises:
             BadSetting: the port is taken, or the host is not an address of this machine.
         """
-        shown = f"[{host}]" if ":" in host else host
+        address = join(host, port)
         try:
             if self._credentials is not None:
-                return self._grpc.add_secure_port(f"{shown}:{port}", self._credentials)
-            return self._grpc.add_insecure_port(f"{shown}:{port}")
+                return self._grpc.add_secure_port(address, self._credentials)
+            return self._grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise BadSetting(
-                f"cannot listen on {shown}:{port} ({flag}): the port is in use or the address is not this "
+                f"cannot listen on {address} ({flag}): the port is in use or the address is not this "
                 f"machine's; choose another {flag}",
                 field=flag.removeprefix("--").replace("-", "_"),
             ) from error

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from prometheus_client import REGISTRY
 
+from baton.addresses import join
 from baton.attention.base import AttentionBackend, KvCache
 from baton.attention.select import block_bytes, create_backend, preferred_block_size
 from baton.config import EngineSettings, Settings
@@ -238,7 +239,7 @@ class Worker:
             engine=engine,
             transfer=transfer,
             attention_backend=loaded.attention.name,
-            metrics_address=f"{metrics_host}:{metrics_server.server_port}",
+            metrics_address=join(metrics_host, metrics_server.server_port),
             metrics=RequestMetrics(model_name),
         )
         peers = Peers(worker_id, transfer, chosen.kv_verify)
@@ -247,7 +248,7 @@ class Worker:
         async def snapshot() -> Sequence[Event]:
             return [Stored(ids, tier) for tier, ids in engine.held_ids().items() if ids]
 
-        description = _describe(state, loaded, f"{chosen.worker_host}:{port}", settings.model.device)
+        description = _describe(state, loaded, join(chosen.worker_host, port), settings.model.device)
         membership = WorkerMembership(settings.kvstore.kvstore, description, snapshot)
         worker = cls(settings, state, membership, peers, description, server, loaded.tiers)
 

@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from baton.addresses import join, split
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from deploy.ray.process import Gone, Process, free_port, serving
 
@@ -55,8 +56,8 @@ class Kvstore:
 
     def __init__(self) -> None:
         host = ray.util.get_node_ip_address()
-        self._address = f"{host}:{free_port(host)}"
-        flags = {"kvstore_host": host, "kvstore_port": self._address.rpartition(":")[2]}
+        self._address = join(host, free_port(host))
+        flags = {"kvstore_host": host, "kvstore_port": split(self._address)[1]}
         self._process = Process("kvstore", flags, lambda: serving(self._address), stop_s=5.0)
         self._process.wait_ready()
 
@@ -90,13 +91,13 @@ class _Worker(_Follower):
 
     async def __init__(self, role: str, arguments: Arguments, kvstore: DeploymentHandle) -> None:
         host = ray.util.get_node_ip_address()
-        self._address = f"{host}:{free_port(host)}"
+        self._address = join(host, free_port(host))
         flags: dict[str, object] = {
             "kvstore": await self._find(kvstore),
             "role": role,
             "worker_id": serve.get_replica_context().replica_id.unique_id,
             "worker_host": host,
-            "worker_port": self._address.rpartition(":")[2],
+            "worker_port": split(self._address)[1],
             "drain_timeout_s": arguments.drain_timeout_s,
             **_model(arguments),
             **({"device": "cuda"} if arguments.gpus else {}),

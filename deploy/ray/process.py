@@ -84,6 +84,7 @@ def serving(address: str) -> bool:
 
 def free_port(host: str) -> int:
     """A port of this node that nothing listens on."""
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

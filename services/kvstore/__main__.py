@@ -7,6 +7,7 @@ import logging
 
 import click
 
+from baton.addresses import join
 from baton.cli.options import settings_options
 from baton.config import PROCESS_SECTIONS, Settings
 from baton.logs import configure
@@ -59,9 +60,8 @@ async def serve(settings: Settings) -> None:
         state.restore(await backend.load())
         await server.start()
         await server.set_serving(True)
-        log.info(
-            "ready: gRPC on %s:%d, metrics on port %d", chosen.kvstore_host, port, metrics_server.server_port
-        )
+        address = join(chosen.kvstore_host, port)
+        log.info("ready: gRPC on %s, metrics on port %d", address, metrics_server.server_port)
         async with asyncio.TaskGroup() as tasks:
             helpers = [
                 tasks.create_task(backend.run()),

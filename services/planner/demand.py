@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from baton.addresses import join, split
 from baton.planning.demand import Arrived, Ended
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,8 @@ class Routers:
     """The routers behind `address` (host:port of their metrics): all that the name stands for."""
 
     def __init__(self, address: str, session: aiohttp.ClientSession) -> None:
-        self._host, _, port = address.rpartition(":")
-        self._port = int(port)
+        self._address = address
+        self._host, self._port = split(address)
         self._session = session
         self._tally = Tally()
 
@@ -103,7 +104,7 @@ class Routers:
         try:
             addresses = await self._addresses()
         except OSError as error:
-            log.warning("no router at %s:%d: %s", self._host, self._port, error)
+            log.warning("no router at %s: %s", self._address, error)
             return self._tally.take({})
         pages = await asyncio.gather(*map(self._page, addresses))
         return self._tally.take(
@@ -114,10 +115,10 @@ class Routers:
         found = await asyncio.get_running_loop().getaddrinfo(
             self._host, self._port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
         )
-        return sorted({f"[{where[0]}]" if ":" in str(where[0]) else str(where[0]) for *_, where in found})
+        return sorted({join(str(where[0]), self._port) for *_, where in found})
 
     async def _page(self, address: str) -> Page | None:
-        url = f"http://{address}:{self._port}/metrics"
+        url = f"http://{address}/metrics"
         try:
             async with asyncio.timeout(_TIMEOUT_S), self._session.get(url) as response:
                 response.raise_for_status()

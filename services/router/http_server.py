@@ -15,6 +15,7 @@ import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from baton.addresses import join
 from baton.config import BadSetting
 from baton.errors import InvalidRequest
 from baton.openai.answer import error_shape
@@ -215,6 +216,6 @@ def listen(host: str, port: int, *, flag: str, share: bool = False) -> socket.so
         return shared
     except OSError as error:
         raise BadSetting(
-            f"cannot listen on {host}:{port} ({flag}): {error.strerror or error}; choose another {flag}",
+            f"cannot listen on {join(host, port)} ({flag}): {error.strerror or error}; choose another {flag}",
             field=flag.removeprefix("--").replace("-", "_"),
         ) from error

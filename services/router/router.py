@@ -7,6 +7,7 @@ import logging
 import random
 from contextlib import suppress
 
+from baton.addresses import join
 from baton.config import Settings
 from baton.routing import Policy, Unplaceable, create_policy
 from baton.rpc.server import Public, Server
@@ -140,9 +141,9 @@ class Router:
                     serving.append(tasks.create_task(http.serve(sockets=[listener])))
                     followers.append(tasks.create_task(self._follow_readiness(server)))
                     log.info(
-                        "serving %s: %s on %s:%d, gRPC on port %d, metrics on %s:%d",
-                        *(self.model.name, "HTTP" if tls is None else "HTTPS", host, self.http_port),
-                        *(self.grpc_port, own_host, self.metrics_port),
+                        "serving %s: %s on %s, gRPC on port %d, metrics on %s",
+                        *(self.model.name, "HTTP" if tls is None else "HTTPS", join(host, self.http_port)),
+                        *(self.grpc_port, join(own_host, self.metrics_port)),
                     )
                     listening.set()
                     await stop.wait()
