@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from struct import Struct
 from sys import getsizeof
 
+from baton.kv.bits import WorkerBits
 from baton.kv.events import (
     Event,
     PackedIds,
@@ -69,10 +70,7 @@ class PrefixIndex:
     def __init__(self, max_bytes: int = 0) -> None:
         self._gate = SequenceGate()
         self._tables: dict[Tier, _Table] = {}
-        self._bits: dict[str, int] = {}
-        self._workers: dict[int, str] = {}
-        self._live = 0
-        self._retired = 0
+        self._bits = WorkerBits(reserved=_GENERATION)
         self._sweep: Iterator[int] | None = None
         self._sweep_budget = 0
         # Few distinct values cover millions of blocks; equal ones share one int object.
@@ -97,7 +95,7 @@ class PrefixIndex:
         """Take one message. RESYNC means that the caller must subscribe again; nothing was changed."""
         verdict = self._gate.admit(message)
         if verdict is Verdict.REPLACE:
-            self._retire(message.worker_id)
+            self._bits.retire(message.worker_id)
         if verdict in (Verdict.REPLACE, Verdict.APPLY):
             for event in message.events:
                 self._take(message.worker_id, event)
@@ -107,7 +105,7 @@ class PrefixIndex:
     def drop(self, worker_id: str) -> None:
         """Forget a worker and its blocks."""
         self._gate.forget(worker_id)
-        self._retire(worker_id)
+        self._bits.retire(worker_id)
 
     def incarnation(self, worker_id: str) -> str | None:
         """Whose blocks the replica has under this id, or None."""
@@ -165,7 +163,7 @@ class PrefixIndex:
         found: dict[str, Tier] = {}
         for tier in Tier:
             if tier in self._tables:
-                for worker_id in self._names(self._probe([self._tables[tier]])(block_id)):
+                for worker_id in self._bits.names(self._probe([self._tables[tier]])(block_id)):
                     found.setdefault(worker_id, tier)
         return found
 
@@ -183,7 +181,7 @@ class PrefixIndex:
 
     def _probe(self, tables: Sequence[_Table]) -> Callable[[bytes], int]:
         """A function from a block id to the bits of its holders."""
-        live, cut = self._live, self._cut
+        live, cut = self._bits.live, self._cut
 
         def of_one(block_id: bytes, table: _Table = tables[0]) -> int:
             key = _KEY(block_id, 8)[0]
@@ -236,19 +234,13 @@ class PrefixIndex:
         return held
 
     def _note(self, held: dict[str, int], holders: int, blocks: int) -> None:
-        for worker_id in self._names(holders):
+        for worker_id in self._bits.names(holders):
             held[worker_id] = blocks
-
-    def _names(self, holders: int) -> Iterator[str]:
-        while holders:
-            bit = holders & -holders
-            yield self._workers[bit]
-            holders ^= bit
 
     # ---- writing ------------------------------------------------------------------------------
 
     def _take(self, worker_id: str, event: Event) -> None:
-        bit = self._bit(worker_id)
+        bit = self._bits.of(worker_id)
         if isinstance(event, Stored):
             table = self._tables.get(event.tier)
             if table is None:
@@ -264,7 +256,7 @@ class PrefixIndex:
             if event.tier in self._tables:
                 self._remove(self._tables[event.tier], event, bit)
         elif event.tier is None:
-            self._retire(worker_id)
+            self._bits.retire(worker_id)
         else:
             for shard in self._tables.get(event.tier, ()):
                 for key in [key for key, entry in shard.items() if entry & bit]:
@@ -291,28 +283,11 @@ class PrefixIndex:
     def _let_go(self, shard: dict[int, int], key: int, bit: int) -> None:
         entry = shard.get(key)
         if entry is not None:
-            remaining = entry & (self._live & ~bit | _GENERATION)
+            remaining = entry & (self._bits.live & ~bit | _GENERATION)
             if remaining > _GENERATION:
                 shard[key] = self._shared.setdefault(remaining, remaining)
             else:
                 del shard[key]
-
-    def _bit(self, worker_id: str) -> int:
-        bit = self._bits.get(worker_id)
-        if bit is None:
-            used = self._live | self._retired | _GENERATION
-            bit = ~used & (used + 1)  # the lowest one that is free
-            self._bits[worker_id] = bit
-            self._workers[bit] = worker_id
-            self._live |= bit
-        return bit
-
-    def _retire(self, worker_id: str) -> None:
-        bit = self._bits.pop(worker_id, None)
-        if bit is not None:
-            del self._workers[bit]
-            self._live &= ~bit
-            self._retired |= bit
 
     # ---- the bound ----------------------------------------------------------------------------
 
@@ -333,7 +308,7 @@ class PrefixIndex:
                 self._lift_one()
             self._cut = self._next_cut()
             self._newest = max(self._newest, self._cut + 2)
-            self._sweep = self._sweeping(self._retired, self._cut)
+            self._sweep = self._sweeping(self._bits.retired, self._cut)
 
     def _lift_one(self) -> None:
         """Bring what is there of the chain that was looked up first into the newest generation.
@@ -378,9 +353,9 @@ class PrefixIndex:
     def _advance_sweep(self, entries: int) -> None:
         """Clean shards, looking at about `entries` entries."""
         if self._sweep is None:
-            if not self._retired:
+            if not self._bits.retired:
                 return
-            self._sweep = self._sweeping(self._retired, self._cut)
+            self._sweep = self._sweeping(self._bits.retired, self._cut)
         self._sweep_budget += entries
         while self._sweep_budget > 0:
             seen = next(self._sweep, None)
@@ -402,7 +377,7 @@ class PrefixIndex:
                 yield 1 + len(shard)
             if not any(table):
                 del self._tables[tier]
-        self._retired &= ~retired
+        self._bits.free(retired)
 
     def _cleaned(self, shard: dict[int, int], retired: int, cut: int) -> dict[int, int]:
         shared = self._shared
