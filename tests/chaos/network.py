@@ -32,15 +32,21 @@ async def cut(
 ) -> None:
     """For so long nothing reaches the process (`deaf`) and nothing it sends reaches `others` (`mute`).
 
-    Connections made meanwhile are cut too, within a few hundredths of a second.
+    Connections made meanwhile are cut too, within a few hundredths of a second. Where others listen and the
+    process is muted, nobody can connect anew.
     """
     until = time.monotonic() + seconds
     try:
         while time.monotonic() < until:
-            _for_each(pid, others, deaf, mute, _deafen)
+            _deafen_all(pid, others() if mute else (), deaf)
             await asyncio.sleep(_AGAIN_S)
     finally:
-        _for_each(pid, others, deaf=True, mute=True, change=_heal)
+        # Of everybody, whoever they were connected to: the other end may have given the connection up, and a
+        # socket that stays deaf would look like a fault of the process that has it.
+        for one in {pid, *others()}:
+            with _sockets(one) as sockets:
+                for each in sockets:
+                    _heal(each)
 
 
 def reset(pid: int) -> None:
@@ -52,24 +58,20 @@ def reset(pid: int) -> None:
                     one.shutdown(socket.SHUT_RDWR)
 
 
-def _for_each(
-    pid: int,
-    others: Callable[[], Iterable[int]],
-    deaf: bool,
-    mute: bool,
-    change: Callable[[socket.socket], None],
-) -> None:
+def _deafen_all(pid: int, others: Iterable[int], deaf: bool) -> None:
+    """Let no packet to the process through if it is `deaf`, and none from it to `others`."""
     with _sockets(pid) as own:
-        ends = {peer for one in own if (peer := _peer(one)) is not None}
-        if deaf:
-            for one in own:
-                change(one)
-    for other in others() if mute else ():
+        ends = {(one.getsockname(), peer) for one in own if (peer := _peer(one)) is not None}
+        for one in own if deaf else ():
+            _deafen(one)
+    called = {peer for _, peer in ends}
+    for other in others:
         if other != pid:
             with _sockets(other) as theirs:
                 for one in theirs:
-                    if one.getsockname() in ends:
-                        change(one)
+                    here, there = one.getsockname(), _peer(one)
+                    if (there, here) in ends or (there is None and here in called):
+                        _deafen(one)
 
 
 def _deafen(one: socket.socket) -> None:
