@@ -7,5 +7,7 @@ import sys
 try:
     socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5).close()
     print(json.dumps(True))
-except TimeoutError:
+except socket.gaierror:
+    raise
+except OSError:  # no answer, or a network that refuses instead of dropping
     print(json.dumps(False))

@@ -34,6 +34,8 @@ COMPONENTS = tuple(IMAGES)
 KINDS = "all,configmap,secret,serviceaccount,pvc,pdb,networkpolicy,ingress,hpa,role,rolebinding,lease"
 
 START_S = 300
+#: The values decide again, also about replicas that `kubectl scale` or the planner has set meanwhile.
+CHANGE = ("--force-conflicts", "--wait", "--timeout", f"{START_S}s")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Release:
         self.helm("install", self.name, str(CHART), *_values(values), "--wait", "--timeout", f"{START_S}s")
 
     def upgrade(self, *values: str) -> None:
-        self.helm("upgrade", self.name, str(CHART), *_values(values), "--wait", "--timeout", f"{START_S}s")
+        self.helm("upgrade", self.name, str(CHART), *_values(values), *CHANGE)
 
     def rollback(self) -> None:
-        self.helm("rollback", self.name, "--wait", "--timeout", f"{START_S}s")
+        self.helm("rollback", self.name, *CHANGE)
 
     def start_client(self) -> None:
         """The pod that `execute` runs in: the router's image, which has Python and the stubs."""

@@ -7,6 +7,9 @@ import subprocess
 
 from tests.k8s.release import IMAGES, Release, program
 
+#: Asked inside the pod, where no policy is in the way.
+LISTENS = "import socket; socket.create_connection(('127.0.0.1', 8000), timeout=1).close()"
+
 DENIED = {
     "apiVersion": "v1",
     "kind": "List",
@@ -29,7 +32,7 @@ DENIED = {
                         "image": IMAGES["router"],
                         "imagePullPolicy": "IfNotPresent",
                         "command": ["python", "-m", "http.server", "8000", "--directory", "/opt/baton"],
-                        "readinessProbe": {"exec": {"command": ["true"]}},
+                        "readinessProbe": {"exec": {"command": ["python", "-c", LISTENS]}},
                     }
                 ],
             },
