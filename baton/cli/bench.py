@@ -15,6 +15,7 @@ from baton.bench.plan import Bench, Server, run_bench
 from baton.bench.records import RequestRecord
 from baton.bench.result import Result, load, side_by_side
 from baton.bench.summary import Targets
+from baton.cli.files import READ
 from baton.cli.load_options import POSITIVE, load_of, load_options, report_options, require, result_of, write
 from baton.cli.options import settings_options
 from baton.config import BadSetting, Settings
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Endpoint = Literal["completions", "chat", "grpc"]
 
 
-@click.command()
+@click.command(short_help="Put load on a server and say how it did.")
 @settings_options("client")
 @click.option(
     "--endpoint", type=click.Choice(get_args(Endpoint)), default="completions", show_default=True,
@@ -51,7 +52,7 @@ Endpoint = Literal["completions", "chat", "grpc"]
 @click.option("--price-per-hour", type=POSITIVE, help="of the whole server, in any currency")
 @report_options
 @click.option(
-    "--compare", nargs=2, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="A B",
+    "--compare", nargs=2, type=READ, metavar="A B",
     help="send nothing: put two files of --out side by side",
 )  # fmt: skip
 @click.option("--progress/--no-progress", default=True, help="a progress bar on a terminal")

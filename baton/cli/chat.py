@@ -29,7 +29,7 @@ class ChatFailed(BatonError):
     """The cluster cannot be reached or refused; the message is for the person who types."""
 
 
-@click.command()
+@click.command(short_help="Talk to the model of a running cluster.")
 @click.argument("prompt", required=False)
 @settings_options("client")
 @click.option("--api-key", envvar="OPENAI_API_KEY", default="", help="[env OPENAI_API_KEY]")

@@ -12,7 +12,7 @@ from baton.cli.tables import print_table
 from baton.config import SECTIONS, Settings, flag, variable
 
 
-@click.command()
+@click.command(short_help="Print every setting and where it came from.")
 @settings_options(*SECTIONS)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def config(settings: Settings, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from baton.config import Settings
 _STYLES = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.FAIL: "bold red"}
 
 
-@click.command()
+@click.command(short_help="Check what a cluster needs on this machine.")
 @settings_options("model", "router")
 def doctor(settings: Settings) -> None:
     """Check what a cluster needs on this machine; every line that is not ok says what to do.

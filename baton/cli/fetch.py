@@ -24,7 +24,7 @@ FETCH_EXTRA = "models in buckets need obstore: pip install 'baton-serve[fetch]'"
 _HUGGING_FACE = "hf://"
 
 
-@click.command()
+@click.command(short_help="Copy a model from a hub or a bucket.")
 @click.argument("source")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--config-only", is_flag=True, help="leave the weights out: a router needs none")

@@ -11,6 +11,8 @@ from baton.cli.tables import print_table
 from baton.errors import BatonError
 from baton.security.keys import new_key, read_keys, write_keys
 
+_WEIGHT = click.FloatRange(0, 1e6, min_open=True)
+_RATE = click.IntRange(0, 10**12)
 _file = click.option(
     "--api-keys",
     "file",
@@ -26,12 +28,16 @@ def keys() -> None:
     """Make, list and revoke API keys. Routers follow the file within a second."""
 
 
-@keys.command()
+@keys.command(short_help="Make a key and print it.")
 @_file
 @click.option("--tenant", default="", help="whose requests they are [of no tenant]")
-@click.option("--weight", default=1.0, show_default=True, help="the tenant's share where tenants wait")
-@click.option("--requests-per-minute", default=0, help="at most, at each router [0: any number]")
-@click.option("--tokens-per-minute", default=0, help="of prompts and answers, likewise [0: any number]")
+@click.option(
+    "--weight", type=_WEIGHT, default=1.0, show_default=True, help="the tenant's share where tenants wait"
+)
+@click.option("--requests-per-minute", type=_RATE, default=0, help="at most, at each router [0: any number]")
+@click.option(
+    "--tokens-per-minute", type=_RATE, default=0, help="of prompts and answers, likewise [0: any number]"
+)
 def new(file: Path, tenant: str, weight: float, requests_per_minute: int, tokens_per_minute: int) -> None:
     """Make a key and print it: the file keeps its hash only, so it is shown this once."""
     secret, key = new_key(

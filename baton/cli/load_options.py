@@ -17,10 +17,10 @@ from baton.bench.plan import Load
 from baton.bench.result import Result, Run, save
 from baton.bench.table import table
 from baton.bench.trace import TraceKind
+from baton.cli.files import READ, file_to_write
 from baton.cli.options import together
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
-FILE = click.Path(dir_okay=False, path_type=Path)
 
 _EXTRA = "this needs aiohttp and matplotlib: pip install 'baton-serve[bench]'"
 
@@ -69,7 +69,7 @@ load_options = together(
     click.option("--concurrency", type=click.IntRange(min=1), help="closed loop: requests in flight"),
     click.option("--num-prompts", type=click.IntRange(min=1), help="requests per run at most"),
     click.option("--duration", type=POSITIVE, help="seconds in which a run sends requests, at most"),
-    click.option("--trace", type=FILE, help="replay a recorded workload instead of made-up lengths"),
+    click.option("--trace", type=READ, help="replay a recorded workload instead of made-up lengths"),
     click.option(
         "--trace-kind",
         type=click.Choice(get_args(TraceKind)),
@@ -140,8 +140,8 @@ slo_options = together(
 
 report_options = together(
     slo_options,
-    click.option("--out", type=FILE, help="file for the figures, as JSON"),
-    click.option("--html", type=FILE, help="file for a report with plots, which needs nothing else"),
+    file_to_write("--out", "file for the figures, as JSON"),
+    file_to_write("--html", "file for a report with plots, which needs nothing else"),
 )
 """The flags that `baton bench` and `baton simulate` share: what is good, what it costs, where it goes."""
 

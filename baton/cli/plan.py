@@ -12,7 +12,8 @@ from rich.console import Console
 
 from baton.bench.load import cut
 from baton.bench.summary import Targets
-from baton.cli.load_options import FILE, POSITIVE, load_of, load_options, slo_options
+from baton.cli.files import file_to_write
+from baton.cli.load_options import POSITIVE, load_of, load_options, slo_options
 from baton.cli.sim_options import worker_options
 from baton.cli.tables import print_table
 from baton.config import BadSetting
@@ -26,7 +27,7 @@ from baton.sim.workload import SimRequest, from_trace
 _COLUMNS = ("prefill", "decode", "ratio", "GPUs", "predicted", "simulated", "TTFT p90", "TPOT p90")
 
 
-@click.command()
+@click.command(short_help="Find the fewest GPUs that serve a workload in time.")
 @click.option(
     "--profile", "profiles", multiple=True, required=True, metavar="NAME[@GPUS]",
     help=f"step times of a worker that may be had, and the GPUs it takes; several are alternatives: {NAMES}",
@@ -46,7 +47,7 @@ _COLUMNS = ("prefill", "decode", "ratio", "GPUs", "predicted", "simulated", "TTF
     help="that a worker holds  [default: what the weights leave of nine tenths of its GPUs]",
 )  # fmt: skip
 @worker_options
-@click.option("--values", type=FILE, help="file for the plan as Helm values")
+@file_to_write("--values", "file for the plan as Helm values")
 @load_options
 def plan(**given: Any) -> None:
     """The fewest GPUs, and the prefill : decode ratio, that serve a workload in time.

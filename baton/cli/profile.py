@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from baton.cli.files import file_to_write
 from baton.cli.options import settings_options
 from baton.cli.run import WORKER_EXTRA, worker_extra_missing
 from baton.config import Settings
@@ -19,11 +20,9 @@ CONTEXTS = (64, 512, 2048)
 _BUDGET_S = 20.0
 
 
-@click.command()
+@click.command(short_help="Measure step times of a model on this machine.")
 @settings_options("model", "engine")
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="file for the curves, as JSON [none]"
-)
+@file_to_write("--out", "file for the curves, as JSON [none]")
 def profile(settings: Settings, out: Path | None) -> None:
     """Measure step times of --model: prefill against tokens, decode against requests and context."""
     if worker_extra_missing():

@@ -24,7 +24,7 @@ from baton.sim.simulator import simulate
 from baton.sim.workload import from_trace
 
 
-@click.command(name="simulate")
+@click.command(name="simulate", short_help="Serve a workload on a cluster in virtual time.")
 @click.option("--profile", required=True, help=f"step times of a worker: {NAMES}")
 @click.option("--prefill", type=click.IntRange(min=0), default=0, help="prefill workers")
 @click.option("--decode", type=click.IntRange(min=0), default=0, help="decode workers")

@@ -43,7 +43,7 @@ class Rates:
         return cls(max(0.0, tokens), {pair: rate for pair, rate in moved.items() if rate > 0})
 
 
-@click.command()
+@click.command(short_help="Show a running cluster, live.")
 @click.argument("address", metavar="HOST:PORT")
 @click.option("--every-s", default=1.0, show_default=True, help="Seconds between looks.")
 @click.option("--once", is_flag=True, help="Print what is now and end.")

@@ -75,19 +75,10 @@ def test_failed_requests_are_counted_and_not_left_out(cluster: Cluster, tmp_path
     assert "refused every request of the warm-up" in refused.stderr
 
 
-def test_a_server_that_is_not_there_and_flags_that_do_not_fit_are_said(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_is_said() -> None:
     dead = bench("--url", "http://127.0.0.1:9", "--request-rate", "1", "--num-prompts", "1")
     assert dead.returncode == 1
     assert "nobody answers at http://127.0.0.1:9" in dead.stderr
-    for flags, words in {
-        ("--num-prompts", "1"): "--request-rate, --concurrency, or a --trace",
-        ("--request-rate", "1", "--concurrency", "1", "--num-prompts", "1"): "give one of them",
-        ("--request-rate", "-1", "--num-prompts", "1"): "rates must be above 0",
-        ("--request-rate", "1"): "--num-prompts or --duration",
-    }.items():
-        done = bench("--url", "http://127.0.0.1:9", *flags)
-        assert done.returncode == 2, done.stderr
-        assert words in done.stderr
 
 
 def test_the_simulator_reports_in_the_same_form(tmp_path: Path) -> None:
