@@ -15,7 +15,6 @@ from baton.config import PROCESS_SECTIONS, BadSetting, Settings
 from baton.logs import configure
 from baton.machine import read_cores
 from baton.rpc.channels import use_internal_tls
-from baton.worker.host import run_worker
 
 
 def worker_command(role: Literal["prefill", "decode"]) -> click.Command:
@@ -24,6 +23,9 @@ def worker_command(role: Literal["prefill", "decode"]) -> click.Command:
     @click.command(help=f"Serve a worker that starts in role {role} unless --role says otherwise.")
     @settings_options(*PROCESS_SECTIONS[role])
     def main(settings: Settings) -> None:
+        # Here, not above: --help and what is wrong with a flag need not wait for torch.
+        from baton.worker.host import run_worker
+
         if any(item.name == "role" and item.source == "default" for item in effective_settings()):
             settings = replace(settings, worker=replace(settings.worker, role=role))
         name, said = settings.worker.worker_id or settings.worker.role, settings.observability
