@@ -116,15 +116,7 @@ class Handoff:
     def sampled(self) -> None:
         """The first token is there: it goes to the client by way of the decode worker."""
         job = self.job
-        seen_s = self._world.clock.now_s + 3 * self._hop_s
-        if job.output:
-            gap_s = seen_s - job.last_s
-            job.gaps.append((gap_s, 1))
-            self._world.gaps.add(gap_s)
-        else:
-            job.first_s = seen_s
-        job.output += 1
-        job.last_s = seen_s
+        job.take_token(self._world.clock.now_s + 3 * self._hop_s, self._world.gaps)
         if job.output >= job.request.output_tokens:
             self.abort()
             del self._decode.jobs[job]

@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import nan
 from typing import TYPE_CHECKING, cast
 
-from baton.bench.records import RequestRecord, mooncake_tbt_s
+from baton.bench.records import Gaps, RequestRecord, mooncake_tbt_s
 from baton.engine.sequence import Sequence, Work
 from baton.routing import Placement
 from baton.routing.admission import Ticket
@@ -48,6 +48,17 @@ class Job:
     @property
     def context_tokens(self) -> int:
         return self.request.prompt_tokens + self.output
+
+    def take_token(self, seen_s: float, gaps: Gaps) -> None:
+        """Its client gets another token; the gap before it, unless it is the first, is one of all `gaps`."""
+        if self.output:
+            gap_s = seen_s - self.last_s
+            self.gaps.append((gap_s, 1))
+            gaps.add(gap_s)
+        else:
+            self.first_s = seen_s
+        self.output += 1
+        self.last_s = seen_s
 
     def record(self, error: str = "") -> RequestRecord:
         """What came of it."""

@@ -367,14 +367,7 @@ class SimWorker:
             if not sequence.started:
                 self._prefilled(sequence, now_s)
                 sequence.started = True
-            if job.output:
-                gap_s = seen_s - job.last_s
-                job.gaps.append((gap_s, 1))
-                self._world.gaps.add(gap_s)
-            else:
-                job.first_s = seen_s
-            job.output += 1
-            job.last_s = seen_s
+            job.take_token(seen_s, self._world.gaps)
             if sequence.finished:
                 self._finish(sequence)
 
