@@ -76,7 +76,7 @@ async def test_probes_are_answered_over_http_beside_the_metrics() -> None:
             answer_probes(metrics, lambda: server.serving)
 
             def ask(path: str) -> int:
-                return httpx.get(f"http://127.0.0.1:{metrics.server_port}{path}", timeout=10).status_code
+                return httpx.get(f"http://127.0.0.1:{metrics.server_port}{path}", timeout=60).status_code
 
             async def asked() -> list[int]:
                 return [await asyncio.to_thread(ask, path) for path in ("/live", "/ready", "/metrics")]

@@ -100,7 +100,7 @@ def supervise(folder: Path, *specs: ProcessSpec, stop_timeout_s: float = 20) -> 
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -132,13 +132,13 @@ async def test_hurry_kills_what_is_still_stopping(stand_ins: Path) -> None:
         stopping = asyncio.create_task(stop())
         await asyncio.sleep(0)
         supervisor.hurry()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await stopping
 
 
 async def start_failure(supervisor: Supervisor) -> StartFailed:
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await supervisor.keep_running()
     except* StartFailed as failures:
         (failure,) = failures.exceptions

@@ -40,7 +40,7 @@ async def router(worker: FakeWorker) -> AsyncIterator[RunningRouter]:
 
 @pytest.fixture
 async def http(router: RunningRouter) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=router.base_url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=router.base_url, timeout=60) as client:
         yield client
 
 

@@ -57,8 +57,8 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
         self.sessions = 0
 
     async def wait_for(self, condition: str) -> None:
-        """Until the expression over `self` holds; five seconds at most."""
-        async with asyncio.timeout(5), self.changed:
+        """Until the expression over `self` holds; a minute at most."""
+        async with asyncio.timeout(60), self.changed:
             await self.changed.wait_for(lambda: eval(condition, {"self": self, "len": len}))
 
     def drain(self) -> None:
@@ -273,7 +273,7 @@ async def running_router(
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(router.run(stop, listening))
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await listening.wait()
                 for worker_id, entry in cluster.workers.items():
                     while entry.view.role.decodes and router.sessions.connected(worker_id) is None:

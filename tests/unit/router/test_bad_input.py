@@ -27,7 +27,7 @@ async def served(script: list[int]) -> AsyncIterator[RunningRouter]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def http(served: RunningRouter) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=served.base_url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=served.base_url, timeout=60) as client:
         yield client
 
 
@@ -260,7 +260,7 @@ async def raw(served: RunningRouter, request: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", served.router.http_port)
     try:
         writer.write(request)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             return await reader.read(65536)
     finally:
         writer.close()

@@ -20,7 +20,7 @@ async def router(worker: FakeWorker):
 
 @pytest.fixture
 async def http(router: RunningRouter):
-    async with httpx.AsyncClient(base_url=router.own_url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=router.own_url, timeout=60) as client:
         yield client
 
 

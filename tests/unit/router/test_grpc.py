@@ -33,7 +33,7 @@ def inference(channel: grpc.aio.Channel) -> inference_pb2_grpc.InferenceStub:
 async def test_generate_streams_text_then_usage(
     inference: inference_pb2_grpc.InferenceStub, script: list[int]
 ) -> None:
-    responses = [r async for r in inference.Generate(Request(text="Hi", request_id="mine"), timeout=10)]
+    responses = [r async for r in inference.Generate(Request(text="Hi", request_id="mine"), timeout=60)]
     *pieces, last = responses
     assert "".join(piece.text for piece in pieces) == ANSWER
     assert [i for piece in pieces for i in piece.token_ids] == [*script, 1]
@@ -51,7 +51,7 @@ async def test_every_option_is_understood(
         logit_bias={9: 1.5}, top_k=-1, min_tokens=1, include_stop_str_in_output=True,
     )  # fmt: skip
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="Hi")])
-    responses = [r async for r in inference.Generate(Request(chat=chat, sampling=sampling), timeout=10)]
+    responses = [r async for r in inference.Generate(Request(chat=chat, sampling=sampling), timeout=60)]
     for index in (0, 1):
         mine = [response for response in responses[:-1] if response.index == index]
         assert "".join(response.text for response in mine) == "The quick brown"
@@ -64,10 +64,10 @@ async def test_every_option_is_understood(
 
 
 async def test_models_and_tokens(inference: inference_pb2_grpc.InferenceStub, worker: FakeWorker) -> None:
-    models = (await inference.ListModels(inference_pb2.ListModelsRequest(), timeout=5)).models
+    models = (await inference.ListModels(inference_pb2.ListModelsRequest(), timeout=60)).models
     assert [(model.id, model.max_model_len) for model in models] == [("baton-small", 16384)]
-    tokens = await inference.Tokenize(inference_pb2.TokenizeRequest(text="def f"), timeout=5)
-    async for _ in inference.Generate(Request(text="def f", sampling=Sampling(max_tokens=1)), timeout=5):
+    tokens = await inference.Tokenize(inference_pb2.TokenizeRequest(text="def f"), timeout=60)
+    async for _ in inference.Generate(Request(text="def f", sampling=Sampling(max_tokens=1)), timeout=60):
         pass
     assert tokens.token_ids == worker.starts[0].prompt_token_ids
 
@@ -115,7 +115,7 @@ async def test_errors_name_the_field(
     inference: inference_pb2_grpc.InferenceStub, request_: Request, code: grpc.StatusCode, field: str
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        async for _ in inference.Generate(request_, timeout=10):
+        async for _ in inference.Generate(request_, timeout=60):
             pass
     assert error.value.code() == code
     assert field in error.value.details()
@@ -134,7 +134,7 @@ async def test_a_client_that_leaves_cancels_its_work(
 
 async def test_health_and_reflection_are_on(channel: grpc.aio.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         for service in ("", "baton.v1.Inference"):
             while True:
                 reply = await health.Check(health_pb2.HealthCheckRequest(service=service))

@@ -30,7 +30,7 @@ class Pair:
         for worker in self.workers:
             worker.hold_at = HELD
         self.asking = asyncio.create_task(self._ask())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(self.tokens) < HELD:
                 await asyncio.sleep(0.01)
         self.workers.sort(key=lambda worker: not worker.running)
@@ -63,7 +63,7 @@ async def pair(script: list[int]) -> AsyncIterator[Pair]:
             for name in ("decode-0", "decode-1")
         ]
         router = await stack.enter_async_context(running_router(*workers))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=router.base_url, timeout=10))
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=router.base_url, timeout=60))
         pair = Pair(workers, router, client)
         await pair.begin()
         yield pair
@@ -103,7 +103,7 @@ async def test_a_worker_that_refuses_is_asked_again(pair: Pair, script: list[int
 
 async def test_what_ends_before_it_moves_has_ended(pair: Pair, script: list[int]) -> None:
     pair.target.drain()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while pair.target.worker_id not in pair.router.router.sessions.draining:
             await asyncio.sleep(0.01)
     pair.source.drain()

@@ -42,7 +42,7 @@ async def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(
     with caplog.at_level(logging.WARNING):
         async with (
             running_router(worker, model=bare_model) as router,
-            httpx.AsyncClient(base_url=router.base_url, timeout=10) as client,
+            httpx.AsyncClient(base_url=router.base_url, timeout=60) as client,
         ):
             body = {"prompt": [5, 6], "max_tokens": 3, "return_token_ids": True, "logprobs": 1}
             choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
@@ -63,7 +63,7 @@ async def test_a_model_without_a_template_takes_no_chats(worker: FakeWorker, bar
     shutil.copy(MODEL / "tokenizer.json", bare_model)
     async with (
         running_router(worker, model=bare_model) as router,
-        httpx.AsyncClient(base_url=router.base_url, timeout=10) as client,
+        httpx.AsyncClient(base_url=router.base_url, timeout=60) as client,
     ):
         body = {"messages": [{"role": "user", "content": "Hi"}]}
         response = await client.post("/v1/chat/completions", json=body)

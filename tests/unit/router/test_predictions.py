@@ -54,7 +54,7 @@ async def router(pair: tuple[FakeWorker, FakeWorker]) -> AsyncIterator[RunningRo
 
 
 async def ask(router: RunningRouter) -> None:
-    async with httpx.AsyncClient(base_url=router.own_url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=router.own_url, timeout=60) as client:
         (await client.post("/v1/completions", json=ASK)).raise_for_status()
 
 
@@ -70,7 +70,7 @@ async def test_a_worker_is_told_what_to_pull_and_from_whom(
 
 async def test_predictions_are_compared_with_what_happened(router: RunningRouter) -> None:
     await ask(router)
-    async with httpx.AsyncClient(base_url=router.own_url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=router.own_url, timeout=60) as client:
         page = (await client.get("/metrics")).text
     assert "baton_router_prediction_error_seconds_count" in page
     count = next(line for line in page.splitlines() if "prediction_error_seconds_count" in line)

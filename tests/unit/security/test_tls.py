@@ -74,7 +74,7 @@ async def serving() -> AsyncIterator[str]:
 
 async def status_of(channel: grpc.aio.Channel) -> str:
     stub = worker_pb2_grpc.WorkerAdminStub(channel)
-    answer: worker_pb2.StatusResponse = await stub.Status(worker_pb2.StatusRequest(), timeout=5)
+    answer: worker_pb2.StatusResponse = await stub.Status(worker_pb2.StatusRequest(), timeout=60)
     return answer.worker_id
 
 
@@ -98,7 +98,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 async def test_processes_with_certificates_of_one_authority_talk(identity: Certificate) -> None:
     async with serving() as address, open_channel(address) as channel:
         assert await status_of(channel) == "first"
-        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
         assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -150,7 +150,7 @@ async def test_renewed_certificates_are_used_by_both_ends_without_a_restart(
     async with serving() as address, open_channel(address) as channel:
         assert await status_of(channel) == "first"
         stub = worker_pb2_grpc.WorkerAdminStub(channel)
-        running = stub.Drain(worker_pb2.DrainRequest(), timeout=10)
+        running = stub.Drain(worker_pb2.DrainRequest(), timeout=60)
         await running.wait_for_connection()
         identity.replace(authority.sign("second"))
 
