@@ -62,7 +62,7 @@ class Authority:
 def shows(trusted: ssl.SSLContext, port: int, name: str) -> bool:
     """Whether who listens on `port` shows a certificate of that name."""
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+        socket.create_connection(("127.0.0.1", port), timeout=60) as plain,
         trusted.wrap_socket(plain, server_hostname="localhost") as secure,
     ):
         found = secure.getpeercert()

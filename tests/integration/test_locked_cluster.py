@@ -74,6 +74,7 @@ def locked(start_cluster: StartCluster, tmp_path_factory: pytest.TempPathFactory
         *("--internal-tls-cert", str(inside.certificate), "--internal-tls-key", str(inside.key)),
         *("--internal-tls-ca", str(authority.certificate), "--require-internal-tls"),
         *("--tls-cert", str(outside.certificate), "--tls-key", str(outside.key), "--api-keys", str(keys)),
+        *("--policy", "round-robin"),  # which prefills remotely, whatever the curves predict
     )
     with start_cluster(*flags) as cluster:
         yield Locked(cluster, authority, secret)

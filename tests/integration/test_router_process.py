@@ -89,7 +89,7 @@ async def router(tmp_path: Path, kvstore: KvstoreProcess) -> AsyncIterator[Route
 
 
 async def until_ready(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await http.get("/ready")).status_code != 200:
             await asyncio.sleep(0.05)
 
@@ -99,7 +99,7 @@ async def test_the_router_goes_on_when_the_kvstore_is_gone(
 ) -> None:
     async with (
         running_worker(FakeWorker("decode-0", SCRIPT)) as worker,
-        httpx.AsyncClient(base_url=f"http://{router.address}", timeout=20) as http,
+        httpx.AsyncClient(base_url=f"http://{router.address}", timeout=60) as http,
     ):
         assert (await http.get("/health")).status_code == 200
         assert (await http.get("/ready")).status_code == 503
@@ -110,7 +110,7 @@ async def test_the_router_goes_on_when_the_kvstore_is_gone(
             assert first.headers["x-baton-decode-worker"] == "decode-0"
             assert "baton_router_kvstore_connected 1.0" in (await http.get(router.metrics_url)).text
             kvstore.kill()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while "baton_router_kvstore_connected 0.0" not in (await http.get(router.metrics_url)).text:
                     await asyncio.sleep(0.05)
             again = await http.post("/v1/completions", json=ASK)
@@ -121,7 +121,7 @@ async def test_the_router_goes_on_when_the_kvstore_is_gone(
 async def test_a_worker_that_leaves_is_not_used_and_one_that_comes_is(
     kvstore: KvstoreProcess, router: RouterProcess
 ) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{router.address}", timeout=20) as http:
+    async with httpx.AsyncClient(base_url=f"http://{router.address}", timeout=60) as http:
         for name in ("decode-0", "decode-1"):
             async with (
                 running_worker(FakeWorker(name, SCRIPT)) as worker,
@@ -130,7 +130,7 @@ async def test_a_worker_that_leaves_is_not_used_and_one_that_comes_is(
                 await until_ready(http)
                 answer = await http.post("/v1/completions", json=ASK)
                 assert answer.headers["x-baton-decode-worker"] == name
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while (await http.get("/ready")).status_code == 200:
                     await asyncio.sleep(0.05)
 
@@ -140,7 +140,7 @@ async def test_a_signal_ends_the_process_after_its_running_streams(
     kvstore: KvstoreProcess, router: RouterProcess, number: signal.Signals
 ) -> None:
     async with running_worker(FakeWorker("decode-0", SCRIPT)) as worker, registered(worker, kvstore.address):
-        async with httpx.AsyncClient(base_url=f"http://{router.address}", timeout=20) as http:
+        async with httpx.AsyncClient(base_url=f"http://{router.address}", timeout=60) as http:
             await until_ready(http)
             worker.hold_at = 2
             asking = asyncio.create_task(http.post("/v1/completions", json=ASK))

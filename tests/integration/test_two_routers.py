@@ -60,7 +60,7 @@ def until_unready(router: str) -> None:
 
 def seen_by(router: str) -> dict[str, tuple[int, int]]:
     """Requests and prompt tokens that each worker has waiting, as the router sees it."""
-    route = httpx.post(f"{router}/debug/route", json={"prompt": [1], "max_tokens": 1}, timeout=10).json()
+    route = httpx.post(f"{router}/debug/route", json={"prompt": [1], "max_tokens": 1}, timeout=60).json()
     workers = [candidate["decode"] for candidate in route["candidates"]]
     return {worker["worker"]: (worker["waiting"], worker["queued_tokens"]) for worker in workers}
 
