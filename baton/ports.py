@@ -10,13 +10,15 @@ from pathlib import Path
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 10_000
 _TRIES = 200
+_claims: list[socket.socket] = []
 
 
 def unused_port(host: str) -> int:
     """A port on which nothing listens, and that the kernel gives to no outgoing connection meanwhile.
 
     Binding port 0 would give one of the ports that outgoing connections are drawn from: it may be
-    taken again before the process that is to listen on it has started.
+    taken again before the process that is to listen on it has started. Nor does another process that asks
+    here get the same port, as long as this one lives.
 
     Raises:
         OSError: `host` is not this machine, or no port is left.
@@ -29,7 +31,8 @@ def unused_port(host: str) -> int:
             if error.errno != errno.EADDRINUSE:
                 raise
         else:
-            return port
+            if _claim(port):
+                return port
     raise OSError(errno.EADDRINUSE, f"{_TRIES} ports on {host} are all in use")
 
 
@@ -40,6 +43,18 @@ def check_free(host: str, port: int) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1)
+
+
+def _claim(port: int) -> bool:
+    """Take a name of the port's in the kernel's abstract namespace: one process has it, until it ends."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0baton-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    _claims.append(claim)
+    return True
 
 
 def _first_ephemeral() -> int:
