@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10, help="requests in flight")
     parser.add_argument("--questions", type=int, default=60, help="distinct requests")
     parser.add_argument("--pause", type=float, default=0.8, help="mean seconds between two faults")
+    parser.add_argument("--keep-logs", action="store_true", help="also when nothing went wrong")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing of the clusters is to stay behind
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -46,10 +48,11 @@ def main() -> None:
         console.print(f"logs are in {folder}")
         raise
     _print(console, report, given.seed)
-    if _clean(report):
+    if _clean(report) and not given.keep_logs:
         shutil.rmtree(folder)
     else:
         console.print(f"logs are in {folder}")
+    if not _clean(report):
         sys.exit(1)
 
 
@@ -58,15 +61,26 @@ def _print(console: Console, report: Report, seed: int) -> None:
     for title, sentences in (("wrong", tally.wrong), ("lost", tally.lost), ("crashed", report.crashes)):
         for sentence in sentences[:_SHOWN]:
             console.print(f"{title}: {sentence}")
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(report.faults.items()))
+    if tally.slowest is not None:
+        console.print(f"slowest: {tally.slowest}")
+        silent_from_s, silent_until_s = tally.slowest.silence
+        for fault in report.faults:
+            if fault.began_s < silent_until_s and fault.ended_s > silent_from_s:
+                since_s = fault.began_s - tally.slowest.began_s
+                console.print(
+                    f"  meanwhile: {fault.name} {fault.victim} from {since_s:.1f} s on "
+                    f"for {fault.ended_s - fault.began_s:.1f} s"
+                )
+    counted = Counter(fault.kind for fault in report.faults)
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(counted.items()))
     ways = ", ".join(f"{count} {way}" for way, count in sorted(tally.ways.items()))
     table = Table(title=f"Chaos with seed {seed}", show_header=False)
     table.add_column()
     table.add_column()
     for row in (
-        ("faults injected", f"{report.faults.total()} ({kinds})"),
+        ("faults injected", f"{len(report.faults)} ({kinds})"),
         ("requests answered", f"{tally.answered} (prefill over HTTP: {ways})"),
-        ("slowest request", f"{tally.slowest_s:.1f} s"),
+        ("slowest request", f"{tally.slowest.seconds if tally.slowest else 0.0:.1f} s"),
         ("tokens checked", str(tally.tokens)),
         ("refused (429) and asked again", str(tally.refused)),
         ("ended with their router and asked again", str(tally.ended_by_router)),

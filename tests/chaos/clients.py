@@ -17,6 +17,7 @@ import httpx
 
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.chaos.questions import Question
+from tests.chaos.story import Story
 
 _PATIENCE_S = 120.0
 _AGAIN_S = 0.5
@@ -99,7 +100,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     ways: Counter[str] = field(default_factory=Counter)
-    slowest_s: float = 0.0
+    slowest: Story | None = None
 
 
 class Client:
@@ -129,7 +130,7 @@ class Client:
         while True:
             answer = Answer()
             try:
-                await self._ask(question, answer)
+                await self._ask(question, answer, Story(""))
             except _Refused:
                 await asyncio.sleep(_AGAIN_S)
             else:
@@ -143,29 +144,34 @@ class Client:
         `router_failed` says whether a router has failed since a time (`time.monotonic`): the streams of one
         that dies end, and clients ask again.
         """
-        tally, began = self._tally, time.monotonic()
+        tally, story = self._tally, Story(f"question {question.number} ({question.interface})")
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                while not await self._checked(question, expected, router_failed):
+                while not await self._checked(question, expected, router_failed, story):
                     pass
         except TimeoutError:
-            tally.lost.append(f"question {question.number}: no answer in {_PATIENCE_S:.0f} s")
+            story.say("given up")
+            tally.lost.append(str(story))
             await self._hang_up()
         except _Failed as failure:
-            tally.lost.append(f"question {question.number} ({question.interface}): {failure}")
-        tally.slowest_s = max(tally.slowest_s, time.monotonic() - began)
+            story.say(str(failure))
+            tally.lost.append(str(story))
+        if tally.slowest is None or story.seconds > tally.slowest.seconds:
+            tally.slowest = story
 
     async def _checked(
-        self, question: Question, expected: Answer, router_failed: Callable[[float], bool]
+        self, question: Question, expected: Answer, router_failed: Callable[[float], bool], story: Story
     ) -> bool:
         tally, answer, began = self._tally, Answer(), time.monotonic()
         try:
-            await self._ask(question, answer)
+            await self._ask(question, answer, story)
         except _Refused:
+            story.say("refused")
             tally.refused += 1
             await asyncio.sleep(_AGAIN_S)
             return False
         except _Broken as broken:
+            story.say(f"broken off ({broken})")
             await self._hang_up()
             self._compare(question, answer.begins(expected), answer, expected)
             if not router_failed(began):
@@ -174,8 +180,10 @@ class Client:
             await asyncio.sleep(0.1)
             return False
         except _Blamed:
+            story.say("blamed")
             tally.blamed += 1
             return False
+        story.say("answered")
         tally.answered += 1
         self._compare(question, answer == expected, answer, expected)
         return True
@@ -185,12 +193,12 @@ class Client:
         if not same:
             self._tally.wrong.append(f"{question}:\n  got      {answer}\n  expected {expected}")
 
-    async def _ask(self, question: Question, answer: Answer) -> None:
+    async def _ask(self, question: Question, answer: Answer, story: Story) -> None:
         try:
             if question.interface == "grpc":
-                await self._ask_grpc(question, answer)
+                await self._ask_grpc(question, answer, story)
             else:
-                await self._ask_http(question, answer)
+                await self._ask_http(question, answer, story)
         except httpx.TransportError as error:
             raise _Broken(f"{type(error).__name__}: {error}") from error
         except grpc.aio.AioRpcError as error:
@@ -201,9 +209,10 @@ class Client:
             ended = _Broken(said) if _OF_CONNECTIONS.search(said) else _failed(said)
             raise ended from error
 
-    async def _ask_http(self, question: Question, answer: Answer) -> None:
+    async def _ask_http(self, question: Question, answer: Answer, story: Story) -> None:
         path = "/v1/chat/completions" if question.interface == "chat" else "/v1/completions"
-        async with self._http.stream("POST", path, json=question.body) as response:
+        named = {"x-request-id": story.request_id}
+        async with self._http.stream("POST", path, json=question.body, headers=named) as response:
             if response.status_code != 200:
                 said = f"{response.status_code}: {(await response.aread()).decode()}"
                 if response.status_code == 429:
@@ -215,6 +224,7 @@ class Client:
                 return
             done = False
             async for event in _events(response):
+                story.heard()
                 if event == "[DONE]":
                     done = True
                     continue
@@ -226,7 +236,7 @@ class Client:
             if not done:
                 raise _Broken("the stream ended before [DONE]")
 
-    async def _ask_grpc(self, question: Question, answer: Answer) -> None:
+    async def _ask_grpc(self, question: Question, answer: Answer, story: Story) -> None:
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._grpc_address, options=_CHANNEL_OPTIONS)
         stub = inference_pb2_grpc.InferenceStub(self._channel)
@@ -235,11 +245,13 @@ class Client:
         }
         bias = {int(token): value for token, value in sampling.pop("logit_bias", {}).items()}
         request = inference_pb2.GenerateRequest(
+            request_id=story.request_id,
             token_ids=inference_pb2.TokenIds(ids=question.body["prompt"]),
             sampling=inference_pb2.SamplingParams(**sampling, logit_bias=bias),
             cache_salt=question.body.get("cache_salt", ""),
         )
         async for piece in stub.Generate(request, timeout=_PATIENCE_S):
+            story.heard()
             if piece.HasField("usage"):
                 answer.usage = (piece.usage.prompt_tokens, piece.usage.completion_tokens)
                 continue

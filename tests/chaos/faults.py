@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -36,6 +35,21 @@ class _Absence:
     mute: bool
 
 
+@dataclass(frozen=True)
+class Done:
+    """A fault that was done to a process; from when to when, as `time.time`."""
+
+    name: str
+    victim: str
+    began_s: float
+    ended_s: float
+
+    @property
+    def kind(self) -> str:
+        """Such as `cut prefill`."""
+        return f"{self.name} {_role(self.victim)}"
+
+
 Fault = Callable[[_Absence], Awaitable[None]]
 
 
@@ -48,7 +62,7 @@ class Faults:
 
     def __init__(self, cluster: Cluster, redis: RedisProcess, seed: int, pause_s: float) -> None:
         """`pause_s` is the mean time between the beginnings of two faults."""
-        self.done: Counter[str] = Counter()
+        self.done: list[Done] = []
         self._cluster = cluster
         self._redis = redis
         self._draw = random.Random(seed)
@@ -93,11 +107,11 @@ class Faults:
                 await asyncio.sleep(self._draw.expovariate(1 / self._pause_s))
 
     async def _do(self, name: str, fault: Fault, absence: _Absence) -> None:
-        victim = absence.victim
-        self.done[f"{name} {_role(victim)}"] += 1
+        victim, began_s = absence.victim, time.time()
         try:
             await fault(absence)
         finally:
+            self.done.append(Done(name, victim, began_s, time.time()))
             if _role(victim) == "router":
                 self._router_failed_s = time.monotonic()
             self._ill.discard(victim)

@@ -6,7 +6,6 @@ import asyncio
 import random
 import re
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from tests.chaos.clients import Answer, Client, Tally
-from tests.chaos.faults import Faults
+from tests.chaos.faults import Done, Faults
 from tests.chaos.questions import Question, draw_questions
 from tests.cluster import Cluster, run_cluster
 from tests.integration.redis_processes import RedisProcess
@@ -29,10 +28,10 @@ _AT_REST_S = 30.0
 
 @dataclass(frozen=True)
 class Report:
-    """What happened. `faults` counts by kind and role; `leaked` is blocks per worker that nobody should hold
-    any more; `crashes` are ends of processes that no fault explains."""
+    """What happened. `leaked` is blocks per worker that nobody should hold any more; `crashes` are ends of
+    processes that no fault explains."""
 
-    faults: Counter[str]
+    faults: list[Done]
     tally: Tally
     leaked: dict[str, int]
     crashes: list[str]

@@ -10,7 +10,7 @@ from tests.chaos.soak import soak
 async def test_nothing_is_wrong_lost_or_leaked_when_everything_fails_at_random(tmp_path: Path) -> None:
     report = await soak(
         tmp_path,
-        seconds=20.0,
+        seconds=15.0,
         seed=7,
         clients=6,
         questions=24,
@@ -19,5 +19,5 @@ async def test_nothing_is_wrong_lost_or_leaked_when_everything_fails_at_random(t
     )
     tally = report.tally
     assert (tally.wrong, tally.lost, report.leaked, report.crashes) == ([], [], {}, [])
-    assert report.faults.total() >= 5
+    assert len(report.faults) >= 5
     assert tally.answered >= 24
