@@ -12,12 +12,15 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 # A peer that vanished without closing its socket (host lost, network cut) is found after 15 s at
 # most, on busy and on idle connections alike: streams are leases here, so a half-open one would
-# hold KV blocks for ever. Both ends ping, because either end can be the one left behind.
+# hold KV blocks for ever. Both ends ping, because either end can be the one left behind. A process that
+# is stopped still acknowledges packets: of it only the missing answer to a ping tells, for which gRPC
+# waits a minute whatever the timeout of keepalive, unless told otherwise.
 SHARED_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
