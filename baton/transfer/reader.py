@@ -62,6 +62,7 @@ class _Peer:
     description: PoolDescription
     connected: bool = False
     broken: bool = False  # the connection failed or must go: disconnect once nothing uses it
+    connections: int = 0  # made so far, or tried: the number of the current one
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class _Read:
     in_flight: dict[Handle, Chunk] = field(default_factory=dict)
     failure: Exception | None = None
     give_up_at: float = 0.0
+    broke_on: int | None = None  # the number of the connection that broke under it
 
     @property
     def source(self) -> str:
@@ -284,17 +286,26 @@ class Reader:
                 return
             read.moved += read.in_flight[handle].bytes
         except HandoffFailed as error:
+            if read.failure is None:
+                read.chunks.appendleft(read.in_flight[handle])
             self._break(read, HandoffFailed(f"reading from {read.source} failed: {error}"))
         self._last_event = time.monotonic()
         self._agent.release(handle)
         del read.in_flight[handle]
 
     def _break(self, read: _Read, error: HandoffFailed) -> None:
+        """Give the connection up. The read goes on with the next, once: one that had stood idle may have
+        broken long ago, in a network that is whole again."""
         read.peer.broken = True
-        read.fail(error)
+        if read.broke_on is None:
+            read.broke_on = read.peer.connections
+        elif read.broke_on != read.peer.connections:
+            read.fail(error)
 
     def _agent_connected_to(self, peer: _Peer) -> Agent:
         """The agent, created on first use, with a path to `peer`. Raises HandoffFailed."""
+        if not peer.connected:
+            peer.connections += 1
         if self._agent is None:
             self._generation += 1
             try:
