@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 
@@ -29,6 +29,7 @@ from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 Send = Callable[[worker_pb2.RequestOutput], None]
 HandoffCall: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]"
 
@@ -139,7 +140,7 @@ class _Exchange:
                 if finished:
                     reading.cancel()
                     return True
-                await reading
+                await while_leased(call, self.peer, reading)
                 tail_s = self.clock.ended("tail")
                 await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
                 released = await next_response(call, self.peer, self.timeout_s)
@@ -233,6 +234,28 @@ async def pin_prefix(engine: Engine, chain: Sequence[bytes]) -> Reservation:
         return engine.pin_prefix(chain)
     finally:
         pinning.add_done_callback(lambda done: engine.unpin(done.result()))
+
+
+async def while_leased(call: HandoffCall, peer: Peer, reading: Awaitable[Result]) -> Result:
+    """What `reading` comes to, while the peer has nothing to say.
+
+    A peer that vanished is found on its stream, by keepalive. A read from it would wait for its own deadline.
+
+    Raises:
+        HandoffFailed: the stream ended, and `reading` was cancelled; or it failed.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(_until_ended(call, peer))
+            result = await reading
+            watching.cancel()
+    except ExceptionGroup as group:
+        raise _first_failure(group, peer) from group
+    return result
+
+
+async def _until_ended(call: HandoffCall, peer: Peer) -> NoReturn:
+    raise _ended(peer, await call.code(), await call.details())
 
 
 async def next_response(call: HandoffCall, peer: Peer, timeout_s: float) -> worker_pb2.HandoffResponse:

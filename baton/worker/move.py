@@ -20,7 +20,7 @@ from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
 from baton.errors import BatonError, HandoffFailed
 from baton.rpc.v1 import worker_pb2
-from baton.worker.handoff_reader import HandoffCall, next_response, pin_prefix
+from baton.worker.handoff_reader import HandoffCall, next_response, pin_prefix, while_leased
 from baton.worker.metrics import MOVES
 from baton.worker.peers import Peer, Peers
 from baton.worker.state import WorkerState
@@ -111,7 +111,8 @@ class Mover:
         destination = reservation.blocks[held : held + count]
         if count:
             source = list(ready.block_ids)
-            await self._peers.read(peer, source, destination, self._timeout_s, ready.digests)
+            reading = self._peers.read(peer, source, destination, self._timeout_s, ready.digests)
+            await while_leased(call, peer, reading)
         return count
 
 
