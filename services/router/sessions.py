@@ -21,6 +21,8 @@ _CONNECT_TIMEOUT_S = 5.0
 _WRITE_TIMEOUT_S = 15.0
 _FIRST_RETRY_S = 0.05
 _LAST_RETRY_S = 2.0
+# A registry that was cut off forgets workers that are well; they join it again within a beat or two.
+_DOUBT_S = 2.0
 # Steps a client may lag behind its worker before its request is given up.
 _MAX_UNREAD_STEPS = 8192
 
@@ -148,6 +150,8 @@ class Session:
         self._attempts: dict[int, Attempt] = {}
         self._last_key = 0
         self._present = 0
+        self._heard_s = 0.0
+        self._gone_s: float | None = None
         self._outbox: Outbox | None = None
         self._overflowed = False
 
@@ -162,6 +166,17 @@ class Session:
     @property
     def idle(self) -> bool:
         return not self._attempts
+
+    def doubted(self, in_registry: bool) -> bool:
+        """Whether the worker has been gone from the registry for a while, and silent here as well: it is
+        given up then, for keepalive takes longer to find that out."""
+        now_s = asyncio.get_running_loop().time()
+        if in_registry:
+            self._gone_s = None
+            return False
+        if self._gone_s is None:
+            self._gone_s = now_s
+        return now_s - max(self._gone_s, self._heard_s) > _DOUBT_S
 
     def start(self, start: worker_pb2.Start, prompt: int) -> Attempt:
         """Send `start`, whose key is set here; `prompt` names it in a `Loss`.
@@ -247,7 +262,9 @@ class Session:
     ) -> None:
         attempts = self._attempts
         worker_id = self.worker.worker_id
+        clock = asyncio.get_running_loop().time
         while isinstance(step := await call.read(), worker_pb2.StepOutputs):
+            self._heard_s = clock()
             if step.HasField("load"):
                 self._on_load(worker_id, step.load)
                 self._present = step.load.running + step.load.waiting
@@ -349,9 +366,10 @@ class SessionPool:
     def _close_unwanted(self) -> None:
         for worker_id, session in list(self._sessions.items()):
             wanted = self._wanted.get(worker_id)
+            doubted = session.doubted(in_registry=wanted is not None)
             if wanted is None:
                 # The registry may be wrong about a worker that still answers.
-                keep = session.connected and not session.idle
+                keep = session.connected and not session.idle and not doubted
             else:
                 keep = (wanted.incarnation, wanted.address) == (
                     session.worker.incarnation,
