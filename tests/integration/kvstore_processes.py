@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 from urllib.request import urlopen
@@ -16,18 +15,10 @@ from urllib.request import urlopen
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.ports import unused_port
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 30.0
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    """Wait until `condition` holds; fail with `what` when it does not in time."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + DEADLINE_S
-    while not condition():
-        assert loop.time() < deadline, f"not in {DEADLINE_S} s: {what}"
-        await asyncio.sleep(0.01)
 
 
 class Process(ABC):

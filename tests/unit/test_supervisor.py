@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from baton.cli.supervisor import ProcessSpec, StartFailed, SupervisedProcess, Supervisor
+from tests.waiting import until
 
 # Touches NAME.up, then waits for SIGTERM, which appends NAME to the file `stopped`.
 POLITE = """
@@ -97,12 +98,6 @@ async def running(supervisor: Supervisor) -> AsyncIterator[Callable[[], Awaitabl
 def supervise(folder: Path, *specs: ProcessSpec, stop_timeout_s: float = 20) -> tuple[Supervisor, list[str]]:
     said: list[str] = []
     return Supervisor(specs, folder, stop_timeout_s=stop_timeout_s, report=said.append), said
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_processes_stop_stage_by_stage(stand_ins: Path) -> None:

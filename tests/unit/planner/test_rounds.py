@@ -24,6 +24,7 @@ from services.planner.metrics import Metrics
 from services.planner.planner import Planner, Reach
 from services.planner.workloads import Deployments
 from tests.unit.planner.api_server import SPACE, ApiServer
+from tests.waiting import until
 
 PAGE = """\
 # TYPE baton_router_arrived_choices_total counter
@@ -173,12 +174,6 @@ async def planning(
             yield workers
         finally:
             running.cancel()
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_a_burst_of_prompts_makes_a_decode_worker_prefill_and_an_event_says_why() -> None:

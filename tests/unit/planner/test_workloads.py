@@ -14,6 +14,7 @@ from services.planner.leader import LeaseLeadership
 from services.planner.planner import devices, owner, starting
 from services.planner.workloads import Deployments, Workload
 from tests.unit.planner.api_server import SPACE, ApiServer
+from tests.waiting import until
 
 NAMES = {Role.PREFILL: "llm-prefill", Role.DECODE: "llm-decode"}
 BOTH = {Role.PREFILL: Workload("llm-prefill", 3), Role.DECODE: Workload("llm-decode", 1)}
@@ -63,12 +64,6 @@ def test_workers_that_start_and_workers_that_go_take_devices() -> None:
     assert devices({}, PODS, gpus) == 4
 
 
-async def _until(condition: object, deadline_s: float = 20.0) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.02)
-
-
 async def test_one_of_two_leads_and_the_other_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leader, "_LEASE_S", 3)
     monkeypatch.setattr(leader, "_HELD_S", 2.0)
@@ -79,12 +74,12 @@ async def test_one_of_two_leads_and_the_other_takes_over(monkeypatch: pytest.Mon
         both = [LeaseLeadership(client, SPACE, "plan", f"p{n}") for n, client in enumerate(clients)]
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(one.run()) for one in both]
-            await _until(lambda: both[0].leading or both[1].leading)
+            await until(lambda: both[0].leading or both[1].leading)
             first = 0 if both[0].leading else 1
             assert not both[1 - first].leading
             assert server.leases["plan"]["spec"]["holderIdentity"] == f"p{first}"
             running[first].cancel()
-            await _until(lambda: both[1 - first].leading)
+            await until(lambda: both[1 - first].leading)
             assert not both[first].leading
             running[1 - first].cancel()
 
@@ -97,9 +92,9 @@ async def test_a_leader_cut_off_from_the_api_server_stops_leading(monkeypatch: p
     async with server.client() as client, asyncio.TaskGroup() as tasks:
         one = LeaseLeadership(client, SPACE, "plan", "p0")
         running = tasks.create_task(one.run())
-        await _until(lambda: one.leading)
+        await until(lambda: one.leading)
         server.refuse = 500
-        await _until(lambda: not one.leading)
+        await until(lambda: not one.leading)
         server.refuse = 0
-        await _until(lambda: one.leading)
+        await until(lambda: one.leading)
         running.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -15,15 +15,10 @@ from baton.rpc.channels import open_channel
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 from services.router.admission import parse_weights
 from tests.unit.router.fakes import FakeWorker, RunningRouter, running_router
+from tests.waiting import until
 
 C = "/v1/completions"
 ASK = {"prompt": "Hello", "max_tokens": 3}
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(60):
-        while not await condition():
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -14,6 +14,7 @@ from baton.routing import Role
 from baton.rpc.v1 import worker_pb2
 from tests.unit.router.conftest import ANSWER
 from tests.unit.router.fakes import FakeWorker, RunningRouter, known, running_router, running_worker
+from tests.waiting import until
 
 C = "/v1/completions"
 ASK = {"prompt": "Hi", "max_tokens": 400}
@@ -304,8 +305,6 @@ async def test_two_hundred_streams_with_random_cancels_leave_nothing_behind(
             tasks.create_task(one(at))
     for worker in pair:
         await worker.wait_for("not self.running")
-    async with asyncio.timeout(60):
-        while len(asyncio.all_tasks()) > before:
-            await asyncio.sleep(0.02)
+    await until(lambda: len(asyncio.all_tasks()) <= before)
     for session in router.router.sessions._sessions.values():
         assert session.idle

@@ -12,6 +12,7 @@ import pytest
 
 from baton.rpc.v1 import worker_pb2
 from tests.unit.router.fakes import FakeWorker, RunningRouter, running_router, running_worker
+from tests.waiting import until
 
 C = "/v1/completions"
 ASK = {"prompt": "Hi", "max_tokens": 400, "stream": True, "return_token_ids": True, "logprobs": 1}
@@ -30,9 +31,7 @@ class Pair:
         for worker in self.workers:
             worker.hold_at = HELD
         self.asking = asyncio.create_task(self._ask())
-        async with asyncio.timeout(60):
-            while len(self.tokens) < HELD:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(self.tokens) >= HELD)
         self.workers.sort(key=lambda worker: not worker.running)
         self.source, self.target = self.workers
         self.target.hold_at = None
@@ -103,9 +102,7 @@ async def test_a_worker_that_refuses_is_asked_again(pair: Pair, script: list[int
 
 async def test_what_ends_before_it_moves_has_ended(pair: Pair, script: list[int]) -> None:
     pair.target.drain()
-    async with asyncio.timeout(60):
-        while pair.target.worker_id not in pair.router.router.sessions.draining:
-            await asyncio.sleep(0.01)
+    await until(lambda: pair.target.worker_id in pair.router.router.sessions.draining)
     pair.source.drain()
     pair.source.go_on.set()
     assert await pair.asking == ([*script, 1], len(script) + 1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from baton.rpc.server import Server
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.security.tls import PublicTls
 from tests.certificates import Authority, Certificate, shows
-
-DEADLINE_S = 15.0
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +84,6 @@ async def refused(channel: grpc.aio.Channel) -> bool:
             assert error.code() == grpc.StatusCode.UNAVAILABLE
             return True
     return False
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
 
 
 async def test_processes_with_certificates_of_one_authority_talk(identity: Certificate) -> None:
