@@ -49,12 +49,14 @@ class Served:
     reference: transformers.PreTrainedModel
     cluster: Cluster
 
-    def expect(self, prompt: Sequence[int]) -> list[int]:
+    def chosen(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+        """The reference's most likely token after the prompt and after each token of the answer but the last.
+
+        Where that is the answer itself, it is by induction what the reference generates.
+        """
         with torch.inference_mode():
-            output = self.reference.generate(
-                torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
-            )
-        tokens: list[int] = output[0, len(prompt) :].tolist()
+            logits = self.reference(torch.tensor([[*prompt, *answer[:-1]]])).logits[0]
+        tokens: list[int] = logits[len(prompt) - 1 :].argmax(-1).tolist()
         return tokens
 
     def ask(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
@@ -125,7 +127,8 @@ def test_greedy_tokens_are_the_references(served: Served) -> None:
     again = [*asked[-3:], asked[-1][:333] + prompt(40), asked[-2] + prompt(25), asked[-4][:160]]
     answers = [answer for batch in [*batches, again] for answer in served.ask(batch)]
     for one, answer in zip([*asked, *again], answers, strict=True):
-        assert answer.token_ids == served.expect(one), f"prompt of {len(one)} tokens, {answer}"
+        expected = served.chosen(one, answer.token_ids)
+        assert answer.token_ids == expected, f"prompt of {len(one)} tokens, {answer}"
     fresh, repeated = answers[: len(asked)], answers[len(asked) :]
     assert all(answer.cached_tokens == 0 for answer in fresh)
     assert all(answer.cached_tokens > 0 for answer in repeated)
