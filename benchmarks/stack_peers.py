@@ -30,7 +30,7 @@ from importlib.machinery import PathFinder
 
 class WithoutProgressThread(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "nixl._api":
+        if not (name.startswith("nixl") and name.endswith("._api")):
             return None
         spec = PathFinder.find_spec(name, path, target)
         run = spec.loader.exec_module

@@ -60,6 +60,7 @@ class _Running:
 
     batch: list[Scheduled]
     step: Step
+    begun_s: float
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Engine:
     tiering: Tiering = field(init=False)
     _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
     _stopping: bool = field(default=False, init=False)
+    _step_ended_s: float = field(default=0.0, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _reservations: Reservations = field(init=False)
     _freezer: Freezer = field(init=False)
@@ -301,12 +303,13 @@ class Engine:
         return [Output(choice, error="its time is over", expired=True) for choice in late]
 
     def _begin(self, batch: list[Scheduled], running: _Running | None) -> _Running | None:
+        begun_s = time.monotonic()
         try:
             step = self.runner.begin(batch) if running is None else running.step.then(batch)
         except Exception as error:
             self._fail(batch, error)
             return None
-        return _Running(batch, step)
+        return _Running(batch, step, begun_s)
 
     def _sample(self, begun: _Running) -> _Running | None:
         try:
@@ -322,13 +325,15 @@ class Engine:
         except Exception as error:
             self._fail(running.batch, error)
         else:
-            if outputs := self._record(running.batch, results):
+            began_s, self._step_ended_s = max(running.begun_s, self._step_ended_s), time.monotonic()
+            if outputs := self._record(running.batch, results, self._step_ended_s - began_s):
                 self.observer.outputs(outputs)
 
-    def _record(self, batch: list[Scheduled], results: Sequence[StepResult]) -> list[Output]:
+    def _record(self, batch: list[Scheduled], results: Sequence[StepResult], took_s: float) -> list[Output]:
         outputs = []
         with self._changed:
             self.tally.steps += 1
+            self.scheduler.learn(batch, took_s)
             for item, result in zip(batch, results, strict=True):
                 choice = item.sequence
                 self.tally.count(item)

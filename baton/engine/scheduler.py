@@ -177,6 +177,13 @@ class Scheduler:
         self._in_flight += len(batch)
         return batch
 
+    def learn(self, batch: list[Scheduled], took_s: float) -> None:
+        """Keep to the pace by what a step of it took."""
+        if self.pace.itl_target_s:
+            decoding = sum(item.query_len == 1 for item in batch)
+            prompt_tokens = sum(item.query_len for item in batch) - decoding
+            self.pace = self.pace.learnt(decoding, prompt_tokens, took_s)
+
     def advance(self, scheduled: Scheduled) -> None:
         """Record that a scheduled sequence's tokens were computed, in the order of the steps. Call before
         appending its new token."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import exp, log
 
 from baton.routing.view import Curve
 
 #: Tokens of prompts that any step may hold: one prompt always goes on, however tight the target is.
 LEAST_PROMPT_TOKENS = 16
+
+_WEIGHT = 0.05
+_MOST = log(8.0)
 
 
 @dataclass(frozen=True)
@@ -16,15 +20,30 @@ class Pace:
 
     The curves are those that the worker measured at its start: `prefill` of one prompt against its tokens,
     `decode` of one step against the requests in it. A step that does both reads the weights once, so it is
-    predicted to take as long as the two apart, less a step of one request.
+    predicted to take as long as the two apart, less a step of one request; times e to the power of
+    `log_factor`, learnt from what such steps took: contexts grow, and others use the machine too.
     """
 
     itl_target_s: float = 0.0
     prefill: Curve = field(default_factory=Curve)
     decode: Curve = field(default_factory=Curve)
+    log_factor: float = 0.0
+
+    def learnt(self, decoding: int, prompt_tokens: int, took_s: float) -> Pace:
+        """The pace, knowing also what a step of `decoding` requests and so many tokens of prompts took: one
+        step counts little, and within 1/8 and 8."""
+        predicted_s = self._measured_s(decoding, prompt_tokens)
+        if not decoding or not prompt_tokens or predicted_s <= 0 or took_s <= 0:
+            return self
+        off = max(-_MOST, min(_MOST, log(took_s / predicted_s)))
+        return replace(self, log_factor=self.log_factor + _WEIGHT * (off - self.log_factor))
 
     def step_s(self, decoding: int, prompt_tokens: int) -> float:
         """Predicted seconds of a step of `decoding` requests and so many tokens of prompts."""
+        measured_s = self._measured_s(decoding, prompt_tokens)
+        return exp(self.log_factor) * measured_s if decoding and prompt_tokens else measured_s
+
+    def _measured_s(self, decoding: int, prompt_tokens: int) -> float:
         decode_s, prefill_s = self.decode.seconds(decoding), self.prefill.seconds(prompt_tokens)
         if not decoding or not prompt_tokens:
             return decode_s + prefill_s

@@ -72,6 +72,26 @@ def test_the_prompt_tokens_are_as_many_as_meet_the_target(target_s: float, decod
         assert chosen.step_s(decoding, tokens + 1) > target_s
 
 
+@given(target_s=st.floats(0.05, 1.0), slower=st.floats(0.5, 4.0), decoding=st.integers(1, 64))
+def test_steps_that_take_longer_than_predicted_come_to_hold_less(
+    target_s: float, slower: float, decoding: int
+) -> None:
+    learning = pace(target_s)
+    for _ in range(300):
+        tokens = learning.prompt_tokens(decoding, 4096)
+        learning = learning.learnt(decoding, tokens, slower * pace(target_s).step_s(decoding, tokens))
+    assert learning.step_s(decoding, 500) == pytest.approx(slower * pace(target_s).step_s(decoding, 500))
+    if LEAST_PROMPT_TOKENS < tokens < 4096:
+        assert slower * pace(target_s).step_s(decoding, tokens) == pytest.approx(target_s, rel=0.05)
+
+
+def test_one_stalled_step_changes_little_and_one_that_only_decodes_nothing() -> None:
+    stalled = pace(0.1).learnt(4, 50, 60.0)
+    assert 1.0 < stalled.step_s(4, 50) / pace(0.1).step_s(4, 50) < 1.12
+    assert stalled.learnt(4, 0, 60.0) is stalled
+    assert stalled.learnt(0, 50, 60.0) is stalled
+
+
 @given(target_s=st.floats(0.001, 1.0), most=st.integers(1, 64))
 def test_as_many_decode_as_meet_the_target_and_at_least_one(target_s: float, most: int) -> None:
     count = pace(target_s).decoding(most)
