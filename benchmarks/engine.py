@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -151,8 +151,9 @@ class Engine:
     def ask(self, **question: int) -> float:
         """Seconds; see engine_subjects.py."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: the answer will say why
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
         return float(self._answer())
 
     def _answer(self) -> str | float:
