@@ -10,7 +10,7 @@ from tests.chaos.soak import soak
 async def test_nothing_is_wrong_lost_or_leaked_when_everything_fails_at_random(tmp_path: Path) -> None:
     report = await soak(
         tmp_path,
-        seconds=15.0,
+        seconds=20.0,
         seed=7,
         clients=6,
         questions=24,
