@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from tests.k8s.release import COMPONENTS, Release
 
 FIRST_TOKEN = pytest.StashKey[float]()
+RELEASE = pytest.StashKey[Release]()
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,7 @@ def namespace() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def release(namespace: str, pytestconfig: pytest.Config) -> Iterator[Release]:
     """The session's release: one prefill and one decode worker. Leave it as it was."""
-    made = Release("trial-baton", namespace)
+    made = pytestconfig.stash[RELEASE] = Release("trial-baton", namespace)
     made.start_client()
     began = time.monotonic()
     made.install()
@@ -51,14 +52,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[object]:
-    """Show what the pods said when a test fails."""
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the pods said when a test fails, also one whose release never came up."""
     report = yield
-    release = getattr(item, "funcargs", {}).get("release")
-    if report.failed and release is not None:  # type: ignore[attr-defined]
+    release = item.config.stash.get(RELEASE, None)
+    if report.failed and release is not None:
         for component in COMPONENTS:
             selector = f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component={component}"
-            log = release.kubectl("logs", "-l", selector, "--prefix", "--tail=40")
-            report.sections.append((component, log))  # type: ignore[attr-defined]
-        report.sections.append(("pods", release.kubectl("get", "pods", "-o", "wide")))  # type: ignore[attr-defined]
+            log = ("logs", "-l", selector, "--all-containers", "--prefix", "--tail=40", "--ignore-errors")
+            report.sections.append((component, release.kubectl(*log)))
+        report.sections.append(("pods", release.kubectl("get", "pods", "-o", "wide")))
+        report.sections.append(("events", release.kubectl("get", "events", "--sort-by=.lastTimestamp")))
     return report

@@ -47,8 +47,9 @@ class Release:
 
     # ---- programs
 
-    def kubectl(self, *arguments: str, timeout_s: float = 120) -> str:
-        return _run([program("kubectl"), "--namespace", self.namespace, *arguments], timeout_s)
+    def kubectl(self, *arguments: str, timeout_s: float = 120, given: str = "") -> str:
+        """What it prints; `given` is its standard input."""
+        return _run([program("kubectl"), "--namespace", self.namespace, *arguments], timeout_s, given)
 
     def objects(self, *arguments: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(self.kubectl("get", *arguments, "-o", "json"))["items"]
@@ -70,26 +71,31 @@ class Release:
 
     def start_client(self) -> None:
         """The pod that `execute` runs in: the router's image, which has Python and the stubs."""
+        self.start_pod("client", ["python", "-c", "import signal; signal.sigwait([signal.SIGTERM])"])
+
+    def start_pod(self, name: str, command: Sequence[str], ready: Sequence[str] = ("true",)) -> None:
+        """A pod of the router's image, labelled app=NAME, and as confined as the chart's own: it comes up
+        wherever they do. Returns once the command `ready` succeeds in it."""
         container = {
-            "name": "client",
+            "name": name,
             "image": IMAGES["router"],
             "imagePullPolicy": "IfNotPresent",
-            "command": ["python", "-c", "import signal; signal.sigwait([signal.SIGTERM])"],
+            "command": list(command),
+            "readinessProbe": {"exec": {"command": list(ready)}, "periodSeconds": 1},
+            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         }
+        confined = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": "client"},
-            "spec": {"containers": [container], "enableServiceLinks": False},
+            "metadata": {"name": name, "labels": {"app": name}},
+            "spec": {"containers": [container], "securityContext": confined, "enableServiceLinks": False},
         }
-        subprocess.run(
-            [program("kubectl"), "--namespace", self.namespace, "apply", "-f", "-"],
-            input=json.dumps(pod),
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        self.kubectl("wait", "--for=condition=Ready", "pod/client", "--timeout=120s")
+        self.apply(pod)
+        self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=120s")
+
+    def apply(self, manifest: dict[str, Any]) -> None:
+        self.kubectl("apply", "-f", "-", given=json.dumps(manifest))
 
     # ---- what there is
 
@@ -205,7 +211,7 @@ def program(name: str) -> str:
     return str(beside) if beside.exists() else name
 
 
-def _run(command: Sequence[str], timeout_s: float) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+def _run(command: Sequence[str], timeout_s: float, given: str = "") -> str:
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-
-from tests.k8s.release import IMAGES, Release, program
+from tests.k8s.release import Release
 
 #: Asked inside the pod, where no policy is in the way.
 LISTENS = "import socket; socket.create_connection(('127.0.0.1', 8000), timeout=1).close()"
-
-DENIED = {
-    "apiVersion": "v1",
-    "kind": "List",
-    "items": [
-        {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "NetworkPolicy",
-            "metadata": {"name": "denied"},
-            "spec": {"podSelector": {"matchLabels": {"app": "denied"}}, "policyTypes": ["Ingress"]},
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": "denied", "labels": {"app": "denied"}},
-            "spec": {
-                "enableServiceLinks": False,
-                "containers": [
-                    {
-                        "name": "server",
-                        "image": IMAGES["router"],
-                        "imagePullPolicy": "IfNotPresent",
-                        "command": ["python", "-m", "http.server", "8000", "--directory", "/opt/baton"],
-                        "readinessProbe": {"exec": {"command": ["python", "-c", LISTENS]}},
-                    }
-                ],
-            },
-        },
-    ],
+NOBODY_MAY_CONNECT = {
+    "apiVersion": "networking.k8s.io/v1",
+    "kind": "NetworkPolicy",
+    "metadata": {"name": "denied"},
+    "spec": {"podSelector": {"matchLabels": {"app": "denied"}}, "policyTypes": ["Ingress"]},
 }
 
 
 def test_a_stranger_reaches_the_router_and_nothing_else(release: Release) -> None:
-    command = [program("kubectl"), "--namespace", release.namespace, "apply", "-f", "-"]
-    subprocess.run(command, input=json.dumps(DENIED), text=True, check=True, timeout=60)
-    release.kubectl("wait", "--for=condition=Ready", "pod/denied", "--timeout=60s")
-    (denied,) = (one for one in release.objects("pods") if one["metadata"]["name"] == "denied")
+    release.apply(NOBODY_MAY_CONNECT)
+    server = ["python", "-m", "http.server", "8000", "--directory", "/opt/baton"]
+    release.start_pod("denied", server, ready=["python", "-c", LISTENS])
+    (denied,) = release.objects("pods", "-l", "app=denied")
     (decode,) = release.pods("decode")
 
     assert release.execute("in_cluster_connect.py", release.address, "8000")
