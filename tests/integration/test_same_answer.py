@@ -56,16 +56,25 @@ async def answers(base_url: str, concurrency: int) -> list[tuple[str, Any]]:
         return await asyncio.gather(*(ask(p, s) for s in SAMPLINGS for p in PROMPTS))
 
 
-def test_a_disaggregated_answer_equals_a_hybrid_one(apart: Cluster, hybrid: Cluster) -> None:
-    handed_over = asyncio.run(answers(apart.base_url, concurrency=1))
+@pytest.fixture(scope="module")
+def alone(hybrid: Cluster) -> list[Any]:
+    """The choices of each request, computed by one worker with nothing beside it."""
     together = asyncio.run(answers(hybrid.base_url, concurrency=1))
-    assert {kind for kind, _ in handed_over} == {"remote"}
     assert {kind for kind, _ in together} <= {"local", "cached"}
-    assert [choices for _, choices in handed_over] == [choices for _, choices in together]
+    return [choices for _, choices in together]
 
 
-def test_neither_batch_mates_nor_the_cache_change_an_answer(apart: Cluster, hybrid: Cluster) -> None:
-    alone = asyncio.run(answers(hybrid.base_url, concurrency=1))
-    for crowded in (apart, hybrid):
-        batched = asyncio.run(answers(crowded.base_url, concurrency=25))
-        assert [choices for _, choices in batched] == [choices for _, choices in alone]
+def test_a_disaggregated_answer_equals_a_hybrid_one(apart: Cluster, alone: list[Any]) -> None:
+    handed_over = asyncio.run(answers(apart.base_url, concurrency=1))
+    assert {kind for kind, _ in handed_over} == {"remote"}
+    assert [choices for _, choices in handed_over] == alone
+
+
+def test_batch_mates_change_no_disaggregated_answer(apart: Cluster, alone: list[Any]) -> None:
+    batched = asyncio.run(answers(apart.base_url, concurrency=25))
+    assert [choices for _, choices in batched] == alone
+
+
+def test_neither_batch_mates_nor_the_cache_change_an_answer(hybrid: Cluster, alone: list[Any]) -> None:
+    batched = asyncio.run(answers(hybrid.base_url, concurrency=25))
+    assert [choices for _, choices in batched] == alone
