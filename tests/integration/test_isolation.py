@@ -13,9 +13,7 @@ from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from baton.transfer.wire import layout_from_proto
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
-from tests.integration.test_kv_travels import counter
-from tests.integration.test_leaks import until
-from tests.integration.test_peer_pull import BLOCK, fresh_prompt
+from tests.integration.cluster_state import BLOCK, counter, fresh_prompt, until
 
 WORKER = "hybrid-0"
 
@@ -43,7 +41,7 @@ def indexed(cluster: Cluster) -> set[bytes]:
     found: set[bytes] = set()
     with grpc.insecure_channel(cluster.kvstore_address) as channel:
         index = kvstore_pb2_grpc.PrefixIndexStub(channel)
-        for update in index.Subscribe(kvstore_pb2.SubscribeRequest(), timeout=10):
+        for update in index.Subscribe(kvstore_pb2.SubscribeRequest(), timeout=60):
             for event in update.events.events:
                 found.update(event.block_ids[at : at + 16] for at in range(0, len(event.block_ids), 16))
             if update.snapshot_done:

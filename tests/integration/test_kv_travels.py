@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
+from tests.integration.cluster_state import counter, fresh_prompt, samples, wait_for_workers
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +24,6 @@ def remote(start_cluster: StartCluster) -> Iterator[Cluster]:
         yield up
 
 
-def scrape(address: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample of a /metrics page by name and labels."""
-    text = httpx.get(f"http://{address}/metrics").text
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def counter(address: str, name: str, **labels: str) -> float:
-    """The sum of the samples of that name that have these labels."""
-    return sum(
-        value
-        for (found, has), value in scrape(address).items()
-        if found == name and labels.items() <= dict(has).items()
-    )
-
-
 def ask(cluster: Cluster, prompt: list[int], **extra: Any) -> httpx.Response:
     body = {"model": "baton-small", "prompt": prompt, "temperature": 0, "ignore_eos": True, **extra}
     response = httpx.post(f"{cluster.base_url}/v1/completions", json=body, timeout=120)
@@ -52,17 +31,12 @@ def ask(cluster: Cluster, prompt: list[int], **extra: Any) -> httpx.Response:
     return response
 
 
-def random_prompt(length: int) -> list[int]:
-    draw = random.SystemRandom()
-    return [draw.randrange(100, 4000) for _ in range(length)]
-
-
 def test_bytes_read_are_blocks_times_block_bytes(remote: Cluster) -> None:
     status = remote.status("decode-0")
     metrics, layout = status.metrics_address, status.layout
     for length in (1, 16, 17, 100, 700):
         before = counter(metrics, "baton_kv_transfer_bytes_total")
-        answer = ask(remote, random_prompt(length), max_tokens=4)
+        answer = ask(remote, fresh_prompt(length), max_tokens=4)
         moved = counter(metrics, "baton_kv_transfer_bytes_total") - before
         assert answer.headers["x-baton-prefill"] == "remote"
         assert moved == -(-length // layout.block_size) * layout.block_bytes
@@ -72,10 +46,10 @@ def test_bytes_read_are_blocks_times_block_bytes(remote: Cluster) -> None:
 def test_blocks_the_decode_worker_holds_do_not_travel_again(remote: Cluster) -> None:
     status = remote.status("decode-0")
     metrics, layout = status.metrics_address, status.layout
-    prompt = random_prompt(10 * layout.block_size)
+    prompt = fresh_prompt(10 * layout.block_size)
     ask(remote, prompt, max_tokens=2)
     before = counter(metrics, "baton_kv_transfer_bytes_total")
-    longer = ask(remote, prompt + random_prompt(20 * layout.block_size), max_tokens=2)
+    longer = ask(remote, prompt + fresh_prompt(20 * layout.block_size), max_tokens=2)
     moved = counter(metrics, "baton_kv_transfer_bytes_total") - before
     assert longer.headers["x-baton-prefill"] == "remote"
     assert moved == 20 * layout.block_bytes
@@ -84,18 +58,18 @@ def test_blocks_the_decode_worker_holds_do_not_travel_again(remote: Cluster) -> 
 def test_a_request_that_ends_with_its_first_token_moves_no_kv(remote: Cluster) -> None:
     metrics = remote.status("decode-0").metrics_address
     before = counter(metrics, "baton_kv_transfer_bytes_total")
-    assert ask(remote, random_prompt(200), max_tokens=1).headers["x-baton-prefill"] == "remote"
+    assert ask(remote, fresh_prompt(200), max_tokens=1).headers["x-baton-prefill"] == "remote"
     assert counter(metrics, "baton_kv_transfer_bytes_total") == before
 
 
 def test_a_worker_that_cannot_be_read_from_is_passed_over_in_sight(start_cluster: StartCluster) -> None:
     """Its prompts are computed elsewhere, with the same tokens, and every metric on the way says so."""
     with start_cluster("--prefill", "0", "--decode", "1", "--policy", "round-robin") as cluster:
-        prompt = random_prompt(100)
+        prompt = fresh_prompt(100)
         alone = ask(cluster, prompt, max_tokens=8, return_token_ids=True)
         assert alone.headers["x-baton-prefill"] == "local"
         with unregistered_prefill(cluster):
-            wait_for_worker(cluster, "unregistered")
+            wait_for_workers(cluster, "unregistered")
             again = ask(cluster, prompt, max_tokens=8, return_token_ids=True)
         assert "x-baton-prefill-worker" not in again.headers
         assert again.json()["choices"][0]["token_ids"] == alone.json()["choices"][0]["token_ids"]
@@ -107,7 +81,7 @@ def test_a_worker_that_cannot_be_read_from_is_passed_over_in_sight(start_cluster
         for name in ("baton_router_replacements_total", "baton_router_backoffs_total"):
             counts = {
                 dict(labels)["reason"]: value
-                for (counted, labels), value in scrape(router).items()
+                for (counted, labels), value in samples(router).items()
                 if counted == name
             }
             assert counts == {"handoff_failed": 1}
@@ -123,10 +97,3 @@ def unregistered_prefill(cluster: Cluster) -> Iterator[None]:
     finally:
         worker.terminate()
         worker.wait(60)
-
-
-def wait_for_worker(cluster: Cluster, worker_id: str) -> None:
-    deadline = time.monotonic() + 60
-    while worker_id not in cluster.workers():
-        assert time.monotonic() < deadline, cluster.workers()
-        time.sleep(0.1)

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import Callable
 
 import httpx
 import psutil
 
 from tests.cluster import Cluster
+from tests.integration.cluster_state import until
 
 STREAMS = 200
-_SETTLED_S = 30.0
-
-
-def until(condition: Callable[[], bool], what: Callable[[], object]) -> None:
-    """Wait for a condition; say what was last seen when it never came true."""
-    deadline = time.monotonic() + _SETTLED_S
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.1)
 
 
 def held(cluster: Cluster) -> dict[str, tuple[int, ...]]:

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
-from tests.integration.test_kv_travels import counter
+from tests.integration.cluster_state import BLOCK, fresh_prompt, nothing_is_held, pulls, until
 from tests.integration.worker_session import generate, pull_from
-
-BLOCK = 16
 
 
 @pytest.fixture(scope="module")
 def pair(start_cluster: StartCluster) -> Iterator[Cluster]:
     with start_cluster("--prefill", "1", "--decode", "0", "--hybrid", "2", "--kv-blocks", "200") as up:
         yield up
-
-
-def fresh_prompt(length: int) -> list[int]:
-    draw = random.SystemRandom()
-    return [draw.randrange(100, 4000) for _ in range(length)]
-
-
-def pulls(cluster: Cluster, worker_id: str, outcome: str) -> float:
-    return counter(cluster.status(worker_id).metrics_address, "baton_pulls_total", outcome=outcome)
-
-
-def nothing_is_held(cluster: Cluster) -> bool:
-    statuses = [cluster.status(name) for name in cluster.workers()]
-    return not any(s.pinned_blocks or s.handoffs_serving or s.handoffs_reading for s in statuses)
 
 
 def test_a_pulled_prefix_gives_the_same_tokens_and_is_counted(pair: Cluster) -> None:
@@ -43,7 +26,7 @@ def test_a_pulled_prefix_gives_the_same_tokens_and_is_counted(pair: Cluster) -> 
     assert tokens == expected
     assert (report.cached_tokens, report.pulled_tokens) == (20 * BLOCK, 20 * BLOCK)
     assert pulls(pair, "hybrid-1", "pulled") == 1
-    assert nothing_is_held(pair)
+    until(lambda: nothing_is_held(pair), "nothing is held")
     # What was pulled is cached like anything else, and is not pulled again.
     again, report = generate(pair, "hybrid-1", prompt, pull=pull_from(pair, "hybrid-0", 20))
     assert again == expected
@@ -68,7 +51,7 @@ def test_a_prefill_worker_pulls_before_it_computes_for_another(pair: Cluster) ->
     assert tokens == expected
     assert (report.cached_tokens, report.pulled_tokens) == (12 * BLOCK, 12 * BLOCK)
     assert pulls(pair, "prefill-0", "pulled") == 1
-    assert nothing_is_held(pair)
+    until(lambda: nothing_is_held(pair), "nothing is held")
 
 
 def test_a_pull_that_fails_is_a_counted_miss(pair: Cluster) -> None:
@@ -89,4 +72,4 @@ def test_a_pull_that_fails_is_a_counted_miss(pair: Cluster) -> None:
         assert tokens == expected
         assert report.pulled_tokens == 0
         assert pulls(pair, "hybrid-1", outcome) == before + 1
-    assert nothing_is_held(pair)
+    until(lambda: nothing_is_held(pair), "nothing is held")

@@ -13,9 +13,7 @@ import pytest
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
-from tests.integration.test_kv_travels import counter
-from tests.integration.test_leaks import until
-from tests.integration.test_peer_pull import BLOCK, fresh_prompt, nothing_is_held, pulls
+from tests.integration.cluster_state import BLOCK, counter, fresh_prompt, nothing_is_held, pulls, until
 from tests.integration.worker_session import generate, pull_from
 
 BLOCKS = 100
@@ -58,7 +56,7 @@ def wait_for_disk(cluster: Cluster, worker_id: str, blocks: int) -> None:
 def registered(cluster: Cluster) -> dict[str, kvstore_pb2.RegistryUpdate.Change]:
     with grpc.insecure_channel(cluster.kvstore_address) as channel:
         registry = kvstore_pb2_grpc.RegistryStub(channel)
-        snapshot = next(iter(registry.Watch(kvstore_pb2.WatchRequest(), timeout=10)))
+        snapshot = next(iter(registry.Watch(kvstore_pb2.WatchRequest(), timeout=60)))
     return {change.worker.worker_id: change for change in snapshot.changes}
 
 
@@ -84,7 +82,7 @@ def test_a_prefix_comes_back_from_host_memory(tiered: Cluster) -> None:
     assert tokens == expected
     assert report.cached_tokens == 60 * BLOCK
     assert fetched(tiered, "hybrid-0", "host") > before
-    assert nothing_is_held(tiered)
+    until(lambda: nothing_is_held(tiered), "nothing is held")
 
 
 def test_a_prefix_comes_back_from_disk_and_peers_can_pull_it(tiered: Cluster, folder: Path) -> None:
@@ -98,7 +96,7 @@ def test_a_prefix_comes_back_from_disk_and_peers_can_pull_it(tiered: Cluster, fo
     assert report.pulled_tokens == 60 * BLOCK
     assert pulls(tiered, "hybrid-1", "pulled") == 1
     assert fetched(tiered, "hybrid-0", "disk") == before + 60
-    assert nothing_is_held(tiered)
+    until(lambda: nothing_is_held(tiered), "nothing is held")
     assert list(folder.iterdir()) == []
 
 
@@ -116,7 +114,7 @@ def test_a_damaged_file_is_a_miss_and_the_answer_is_right(tiered: Cluster) -> No
     again, report = generate(tiered, "hybrid-0", prompt)
     assert again == expected
     assert report.cached_tokens == 60 * BLOCK
-    assert nothing_is_held(tiered)
+    until(lambda: nothing_is_held(tiered), "nothing is held")
 
 
 def test_workers_that_pull_from_each_other_under_pressure_keep_their_answers(tiered: Cluster) -> None:
