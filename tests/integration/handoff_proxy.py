@@ -19,6 +19,9 @@ Moment = tuple[str, int]
 Before = Callable[[Moment, Any], Awaitable[None]]
 
 
+_SETTLE_S = 10.0
+
+
 class Cut(Exception):
     """The connection ends here: the message and all after it are lost, for both sides."""
 
@@ -27,12 +30,16 @@ class HandoffProxy(worker_pb2_grpc.KvServicer):
     """Serves Kv in the name of the worker at `to`.
 
     `before` is called with every message and its moment before that is passed on; it may take its time,
-    change the message, and raise `Cut`. KV does not pass through: readers read the worker itself.
+    change the message, and raise `Cut`. After the message of the moment `last` the connection ends. When a
+    reader vanishes its connection does, unless `half_open` is set: then the worker does not see it end before
+    that event. KV does not pass through: readers read the worker itself.
     """
 
     def __init__(self, to: str) -> None:
         self.address = ""
         self.before: Before = _nothing
+        self.last: Moment | None = None
+        self.half_open: asyncio.Event | None = None
         self.seen: list[Moment] = []
         self._to = to
 
@@ -57,6 +64,20 @@ class HandoffProxy(worker_pb2_grpc.KvServicer):
     async def Handoff(
         self, request_iterator: AsyncIterator[worker_pb2.HandoffRequest], context: Context
     ) -> None:
+        relaying = asyncio.create_task(self._relay(request_iterator, context))
+        try:
+            await asyncio.shield(relaying)
+        finally:
+            if self.half_open is not None:
+                await self.half_open.wait()
+                await asyncio.wait([relaying], timeout=_SETTLE_S)
+            relaying.cancel()
+            await asyncio.gather(relaying, return_exceptions=True)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the stand-in's connection has ended")
+
+    async def _relay(
+        self, request_iterator: AsyncIterator[worker_pb2.HandoffRequest], context: Context
+    ) -> None:
         counts: Counter[str] = Counter()
 
         async def passed_on(message: Any, write: Callable[[Any], Awaitable[None]]) -> None:
@@ -66,6 +87,8 @@ class HandoffProxy(worker_pb2_grpc.KvServicer):
             self.seen.append(moment)
             await self.before(moment, message)
             await write(message)
+            if moment == self.last:
+                raise Cut
 
         async with grpc.aio.insecure_channel(self._to) as channel:
             call = worker_pb2_grpc.KvStub(channel).Handoff()
@@ -82,7 +105,6 @@ class HandoffProxy(worker_pb2_grpc.KvServicer):
                     asking.cancel()
             except* (Cut, grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 call.cancel()
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the stand-in's connection has ended")
 
 
 async def _nothing(moment: Moment, message: Any) -> None:
