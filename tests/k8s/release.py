@@ -73,17 +73,19 @@ class Release:
         """The pod that `execute` runs in: the router's image, which has Python and the stubs."""
         self.start_pod("client", ["python", "-c", "import signal; signal.sigwait([signal.SIGTERM])"])
 
-    def start_pod(self, name: str, command: Sequence[str], ready: Sequence[str] = ("true",)) -> None:
+    def start_pod(self, name: str, command: Sequence[str], ready: Sequence[str] = ()) -> None:
         """A pod of the router's image, labelled app=NAME, and as confined as the chart's own: it comes up
-        wherever they do. Returns once the command `ready` succeeds in it."""
-        container = {
+        wherever they do. Returns once it runs and the command `ready`, if there is one, succeeds in it."""
+        container: dict[str, Any] = {
             "name": name,
             "image": IMAGES["router"],
             "imagePullPolicy": "IfNotPresent",
             "command": list(command),
-            "readinessProbe": {"exec": {"command": list(ready)}, "periodSeconds": 1},
             "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         }
+        if ready:
+            probe = {"exec": {"command": list(ready)}, "periodSeconds": 2, "timeoutSeconds": 5}
+            container["readinessProbe"] = probe
         confined = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
         pod = {
             "apiVersion": "v1",
