@@ -6,7 +6,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster import ROOT, Cluster
 from tests.conftest import StartCluster
+from tests.integration.cluster_state import until
 
 PROMPTS, TOKENS = (33, 64, 200), 5
 HIT = 64  # the second prompt is asked twice: then all but its last block are cached
@@ -81,21 +82,20 @@ def asked(start_cluster: StartCluster) -> Iterator[Cluster]:
             f"{cluster.base_url}/v1/completions", json={"prompt": [], "model": "baton-small"}
         )
         assert refused.status_code == 400
+        # What is counted after an answer is out may come a moment later.
+        decode = cluster.status("decode-0").metrics_address
+        for address, ended in (
+            (cluster.own_url, "vllm:request_success_total"),
+            (decode, "vllm:request_decode_time_seconds_count"),
+        ):
+            until(lambda a=address, e=ended: scrape(a).of(e) == len(prompts) + 1, lambda a=address: scrape(a))
         yield cluster
-
-
-def soon(condition: Callable[[], bool]) -> None:
-    """What is counted after an answer is out may come a moment later."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_the_router_counts_what_clients_asked_and_got(asked: Cluster) -> None:
     requests, prompt_tokens = len(PROMPTS) + 1, sum(PROMPTS) + HIT
-    soon(lambda: scrape(asked.own_url).of("vllm:request_success_total", finished_reason="length") == requests)
     page = scrape(asked.own_url)
+    assert page.of("vllm:request_success_total", finished_reason="length") == requests
     assert page.of("vllm:prompt_tokens_total", model_name="baton-small") == prompt_tokens
     assert page.of("vllm:generation_tokens_total", model_name="baton-small") == requests * TOKENS
     assert page.of("vllm:time_to_first_token_seconds_count") == requests
