@@ -115,7 +115,7 @@ def test_doctor_finds_this_machine_fit() -> None:
 
 
 def test_doctor_fails_on_what_is_required_and_says_what_to_do() -> None:
-    done = run(*BATON, "doctor", "--model", "/nowhere/model")
+    done = run(sys.executable, "-c", WITHOUT_TORCH, "baton.cli.main", "doctor", "--model", "/nowhere/model")
     assert done.returncode == 1
     assert "/nowhere/model" in done.stdout
     assert "→" in done.stdout
