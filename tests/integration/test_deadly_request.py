@@ -6,7 +6,6 @@ import asyncio
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import httpx
 
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
+from tests.integration.cluster_state import wait_for_workers
 from tests.integration.deadly_worker import DEADLY_TOKEN
 from tests.integration.live_streams import streams
 
@@ -31,10 +31,7 @@ def deadly_workers(cluster: Cluster) -> Iterator[list[subprocess.Popen[bytes]]]:
     names = [f"deadly-{number}" for number in range(WORKERS)]
     workers = [subprocess.Popen([sys.executable, script, *flags, "--worker-id", name]) for name in names]
     try:
-        deadline = time.monotonic() + 120
-        while not set(names) <= cluster.workers().keys():
-            assert time.monotonic() < deadline, cluster.workers()
-            time.sleep(0.1)
+        wait_for_workers(cluster, *names)
         yield workers
     finally:
         for worker in workers:

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
+from tests.integration.cluster_state import counter
 from tests.integration.live_streams import Streamed, bodies, streams
 
 STREAMS = 20
@@ -30,21 +29,11 @@ def pair(start_cluster: StartCluster) -> Iterator[Cluster]:
         yield up
 
 
-def counted(address: str, name: str, **labels: str) -> float:
-    """A counter on a /metrics page; 0 where it has not been counted yet."""
-    found = 0.0
-    for family in text_string_to_metric_families(httpx.get(f"http://{address}/metrics").text):
-        for sample in family.samples:
-            if sample.name == name and labels.items() <= sample.labels.items():
-                found += sample.value
-    return found
-
-
 def replacements(cluster: Cluster) -> float:
     """Placements that the routers have given up for another."""
     ports = [name.split()[1] for name in cluster.pids() if name.startswith("router ")]
     addresses = [f"127.0.0.1:{port}" for port in ports] or [cluster.own_url.removeprefix("http://")]
-    return sum(counted(address, "baton_router_replacements_total") for address in addresses)
+    return sum(counter(address, "baton_router_replacements_total") for address in addresses)
 
 
 async def drained(cluster: Cluster, worker_id: str, timeout_s: float = 30.0) -> int:
@@ -81,8 +70,8 @@ def test_a_drained_decode_worker_gives_its_streams_away_with_their_kv(pair: Clus
 
     def state() -> tuple[float, ...]:
         return (
-            counted(other.metrics_address, "baton_moves_total", outcome="moved"),
-            counted(other.metrics_address, "baton_prompt_tokens_total", source="computed"),
+            counter(other.metrics_address, "baton_moves_total", outcome="moved"),
+            counter(other.metrics_address, "baton_prompt_tokens_total", source="computed"),
             replacements(pair),
             pair.status("decode-1").kv_transfer_bytes,
         )
@@ -182,7 +171,7 @@ def test_a_role_changes_under_load_without_a_lost_token(pair: Cluster) -> None:
     async def prefill() -> None:
         assert pair.status("decode-0").load.running > 0
         await become(worker_pb2.ROLE_PREFILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while pair.status("decode-0").load.running:
                 await asyncio.sleep(0.01)
 
