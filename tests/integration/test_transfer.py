@@ -7,7 +7,7 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from baton.errors import HandoffFailed
 from baton.kv.hashing import KvLayout
 from baton.transfer import PoolDescription, Transfer, create_transfer
-from baton.transfer.base import DRAIN_S, TransferUnavailable
+from baton.transfer.base import TransferUnavailable
 from baton.transfer.loopback import loopback_check
 from baton.transfer.wire import description_from_proto, description_to_proto
 from tests.integration.pool_process import PoolProcess
@@ -259,14 +259,13 @@ async def test_a_source_that_hangs_costs_its_reads_the_deadline_and_others_nothi
     hung, healthy = start_source("prefill-1", blocks=blocks), start_source("prefill-2", blocks=blocks, seed=1)
     async with reader(2 * blocks) as (transfer, pool):
         hung_name, healthy_name = await connect(transfer, hung), await connect(transfer, healthy)
-        doomed = asyncio.create_task(transfer.read(hung_name, range(blocks), range(blocks), 0.5))
+        doomed = asyncio.create_task(transfer.read(hung_name, range(blocks), range(blocks), 2.0))
         await first_bytes(pool, at=0)
         hung.signal(signal.SIGSTOP)
         others = asyncio.create_task(reads_until(transfer, healthy_name, blocks, doomed))
-        started = time.monotonic()
-        with pytest.raises(HandoffFailed, match="prefill-1/a did not deliver within"):
-            await doomed
-        assert time.monotonic() - started < 0.5 + DRAIN_S + TIMEOUT_S
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(HandoffFailed, match="prefill-1/a did not deliver within"):
+                await doomed
         pool[:blocks].fill_(MARK)
         assert await others > 0
         assert torch.equal(pool[blocks:], healthy.expected())
@@ -295,11 +294,11 @@ async def test_a_source_that_lets_go_of_its_pool_ends_reads_quickly(
         read = asyncio.create_task(read_until_it_fails(transfer, name, range(blocks)))
         await asyncio.sleep(0.02)
         await asyncio.to_thread(source.ask, "close")
-        try:
-            async with asyncio.timeout(1.0):
+        # Shared memory needs nobody's help: there the bytes are there still, and reads may go on.
+        patience_s = 1.0 if network == "any" else TIMEOUT_S / 2
+        with suppress(TimeoutError) if network == "any" else nullcontext():
+            async with asyncio.timeout(patience_s):
                 assert isinstance(await read, HandoffFailed)
-        except TimeoutError:
-            assert network == "any"  # shared memory needs nobody's help: the bytes are still there
 
 
 async def test_closing_the_reader_fails_its_reads(tcp: None, start_source: StartSource) -> None:
