@@ -242,6 +242,7 @@ class Engine:
                 pinned_blocks=pool.pinned,
                 host_blocks=pool.lower.count(Tier.HOST) if pool.lower else 0,
                 disk_blocks=pool.lower.count(Tier.DISK) if pool.lower else 0,
+                step_factor=scheduler.pace.factor,
             )
 
     def held_ids(self) -> dict[Tier, list[bytes]]:

@@ -55,6 +55,7 @@ class Load:
     host_blocks: int = 0
     disk_blocks: int = 0
     reading: int = 0
+    step_factor: float = 1.0
 
 
 class StepResult(Protocol):

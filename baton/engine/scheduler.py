@@ -183,6 +183,7 @@ class Scheduler:
             decoding = sum(item.query_len == 1 for item in batch)
             prompt_tokens = sum(item.query_len for item in batch) - decoding
             self.pace = self.pace.learnt(decoding, prompt_tokens, took_s)
+            self._most_decoding = self.pace.decoding(self.limits.max_batch_requests)
 
     def advance(self, scheduled: Scheduled) -> None:
         """Record that a scheduled sequence's tokens were computed, in the order of the steps. Call before

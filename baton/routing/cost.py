@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import nlargest
-from math import inf
+from math import inf, log
 from typing import NamedTuple
 
 from baton.routing.pacing import Pace
@@ -168,7 +168,7 @@ def beside_decoding(worker: WorkerView, request: Request, prefill: PrefillCost) 
     than the same wait before one, so it counts `_PAUSE` times; also for the requests whose prompts are being
     prefilled elsewhere and that come meanwhile.
     """
-    pace = Pace(worker.itl_target_s, worker.prefill_curve, worker.decode_curve)
+    pace = Pace(worker.itl_target_s, worker.prefill_curve, worker.decode_curve, log(worker.step_factor))
     paced_s = pace.paced_s(max(1, worker.running), request.prompt_tokens - prefill.cached_tokens)
     if paced_s is None:
         # Somebody will decode there meanwhile, where that is to take no longer than the target.

@@ -33,7 +33,7 @@ class Pace:
         """The pace, knowing also what a step of `decoding` requests and so many tokens of prompts took: one
         step counts little, and within 1/8 and 8."""
         predicted_s = self._measured_s(decoding, prompt_tokens)
-        if not decoding or not prompt_tokens or predicted_s <= 0 or took_s <= 0:
+        if not decoding or predicted_s <= 0 or took_s <= 0:
             return self
         off = max(-_MOST, min(_MOST, log(took_s / predicted_s)))
         return replace(self, log_factor=self.log_factor + _WEIGHT * (off - self.log_factor))
@@ -41,7 +41,12 @@ class Pace:
     def step_s(self, decoding: int, prompt_tokens: int) -> float:
         """Predicted seconds of a step of `decoding` requests and so many tokens of prompts."""
         measured_s = self._measured_s(decoding, prompt_tokens)
-        return exp(self.log_factor) * measured_s if decoding and prompt_tokens else measured_s
+        return self.factor * measured_s if decoding else measured_s
+
+    @property
+    def factor(self) -> float:
+        """What steps take, as a multiple of what was measured at the worker's start."""
+        return exp(self.log_factor)
 
     def _measured_s(self, decoding: int, prompt_tokens: int) -> float:
         decode_s, prefill_s = self.decode.seconds(decoding), self.prefill.seconds(prompt_tokens)
@@ -80,8 +85,14 @@ class Pace:
         """Requests, at most `most` and at least one, that may decode together."""
         if not self.itl_target_s:
             return most
-        fits = (count for count in range(most, 1, -1) if self.decode.seconds(count) <= self.itl_target_s)
-        return next(fits, 1)
+        fits, exceeds = 1, most + 1
+        while exceeds - fits > 1:
+            middle = (fits + exceeds) // 2
+            if self.step_s(middle, 0) <= self.itl_target_s:
+                fits = middle
+            else:
+                exceeds = middle
+        return fits
 
 
 UNBOUNDED = Pace()

@@ -87,8 +87,9 @@ class WorkerView:
     `free_blocks` are free or evictable, `cached_blocks` are kept for later requests, those in use included.
     `waiting` counts requests whose prefill or decode has not begun, `queued_tokens` prompt tokens promised
     and not yet computed. `itl_target_s` is what its steps in which requests decode should take at most,
-    0 without such a target. `read_bytes_per_s` is the bandwidth of reads from other workers by their id,
-    `host_bytes_per_s` and `disk_bytes_per_s` that of reads from the worker's own tiers; 0 without.
+    0 without such a target; `step_factor` is what they take, as a multiple of the curves. `read_bytes_per_s`
+    is the bandwidth of reads from other workers by their id, `host_bytes_per_s` and `disk_bytes_per_s` that
+    of reads from the worker's own tiers; 0 without.
     """
 
     worker_id: str
@@ -105,6 +106,7 @@ class WorkerView:
     prefill_curve: Curve = field(default_factory=Curve)
     decode_curve: Curve = field(default_factory=Curve)
     itl_target_s: float = 0.0
+    step_factor: float = 1.0
     read_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     host_bytes_per_s: float = 0.0
     disk_bytes_per_s: float = 0.0

@@ -196,10 +196,16 @@ def worker_view(
         prefill_curve=_curve(worker.prefill_curve),
         decode_curve=_curve(worker.decode_curve),
         itl_target_s=_positive(worker.itl_target_s),
+        step_factor=step_factor(load),
         read_bytes_per_s={peer: rate for peer, rate in read_bytes_per_s.items() if 0 < rate < float("inf")},
         host_bytes_per_s=_positive(worker.host_bytes_per_s),
         disk_bytes_per_s=_positive(worker.disk_bytes_per_s),
     )
+
+
+def step_factor(load: worker_pb2.WorkerLoad) -> float:
+    """What the worker's steps take, as a multiple of its curves; 1 where it has not said so sensibly."""
+    return load.step_factor if 0 < load.step_factor < float("inf") else 1.0
 
 
 def _positive(value: float) -> float:

@@ -189,6 +189,7 @@ def load_to(load: Load, block_bytes: int) -> worker_pb2.WorkerLoad:
         cached_blocks=load.cached_blocks,
         host_bytes=load.host_blocks * block_bytes,
         disk_bytes=load.disk_blocks * block_bytes,
+        step_factor=load.step_factor,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from baton.routing import WorkerView
+from baton.rpc.kvstore_messages import step_factor
 from baton.rpc.v1 import worker_pb2
 
 # How long a message may be under way: a load report that comes this much later than a promise was
@@ -115,6 +116,7 @@ class Promises:
             running=at.running,
             waiting=at.waiting + promised.requests,
             queued_tokens=at.queued_tokens + promised.queued_tokens,
+            step_factor=1.0 if load is None else step_factor(load),
         )
 
     def _count(self, worker_id: str, work: Work, sign: int) -> None:

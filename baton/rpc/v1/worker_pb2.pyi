@@ -661,6 +661,7 @@ class WorkerLoad(_message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     HOST_BYTES_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_FACTOR_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """requests in the batch"""
     waiting: _builtins.int
@@ -676,6 +677,8 @@ class WorkerLoad(_message.Message):
     """KV kept in the host tier"""
     disk_bytes: _builtins.int
     """KV kept in the disk tier"""
+    step_factor: _builtins.float
+    """what steps take of late, as a multiple of the measured curves; 0: not known"""
     def __init__(
         self,
         *,
@@ -687,10 +690,11 @@ class WorkerLoad(_message.Message):
         cached_blocks: _builtins.int = ...,
         host_bytes: _builtins.int = ...,
         disk_bytes: _builtins.int = ...,
+        step_factor: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "disk_bytes", b"disk_bytes", "free_blocks", b"free_blocks", "host_bytes", b"host_bytes", "queued_tokens", b"queued_tokens", "running", b"running", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "disk_bytes", b"disk_bytes", "free_blocks", b"free_blocks", "host_bytes", b"host_bytes", "queued_tokens", b"queued_tokens", "running", b"running", "step_factor", b"step_factor", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
