@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 _PIDFD_GETFD = 438
 _ATTACH_FILTER, _DETACH_FILTER = 26, 27
@@ -32,8 +33,7 @@ async def cut(
 ) -> None:
     """For so long nothing reaches the process (`deaf`) and nothing it sends reaches `others` (`mute`).
 
-    Connections made meanwhile are cut too, within a few hundredths of a second. Where others listen and the
-    process is muted, nobody can connect anew.
+    Connections made meanwhile are cut too, within a few hundredths of a second.
     """
     until = time.monotonic() + seconds
     try:
@@ -61,16 +61,14 @@ def reset(pid: int) -> None:
 def _deafen_all(pid: int, others: Iterable[int], deaf: bool) -> None:
     """Let no packet to the process through if it is `deaf`, and none from it to `others`."""
     with _sockets(pid) as own:
-        ends = {(one.getsockname(), peer) for one in own if (peer := _peer(one)) is not None}
+        ends = {(_own(one), peer) for one in own if (peer := _peer(one)) is not None}
         for one in own if deaf else ():
             _deafen(one)
-    called = {peer for _, peer in ends}
     for other in others:
         if other != pid:
             with _sockets(other) as theirs:
                 for one in theirs:
-                    here, there = one.getsockname(), _peer(one)
-                    if (there, here) in ends or (there is None and here in called):
+                    if (_peer(one), _own(one)) in ends:
                         _deafen(one)
 
 
@@ -83,12 +81,20 @@ def _heal(one: socket.socket) -> None:
         one.setsockopt(socket.SOL_SOCKET, _DETACH_FILTER, 0)
 
 
+def _own(one: socket.socket) -> tuple[str, int]:
+    return _plain(one.getsockname())
+
+
+def _plain(address: tuple[Any, ...]) -> tuple[str, int]:
+    """Host and port: gRPC speaks IPv4 over sockets of IPv6, whose addresses have more to them."""
+    return str(address[0]).removeprefix("::ffff:"), int(address[1])
+
+
 def _peer(one: socket.socket) -> tuple[str, int] | None:
     """Where a connected socket leads; None of one that listens or is not connected any more."""
     with suppress(OSError):
         if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            address: tuple[str, int] = one.getpeername()
-            return address
+            return _plain(one.getpeername())
     return None
 
 
@@ -105,7 +111,7 @@ def _sockets(pid: int) -> Iterator[list[socket.socket]]:
                 one = _taken(pidfd, entry)
                 if one is not None:
                     stack.callback(one.close)
-                    if one.family == socket.AF_INET and one.type == socket.SOCK_STREAM:
+                    if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
                         found.append(one)
         yield found
 
