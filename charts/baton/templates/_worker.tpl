@@ -66,17 +66,12 @@ spec:
             {{- with include "baton.settings" $values.config | trim }}
             {{- . | nindent 12 }}
             {{- end }}
+            {{- $ucx := dict }}
             {{- if $rdma.enabled }}
-            {{- with $rdma.netDevices }}
-            - name: UCX_NET_DEVICES
-              value: {{ . | quote }}
+            {{- with $rdma.netDevices }}{{ $_ := set $ucx "UCX_NET_DEVICES" . }}{{ end }}
+            {{- with $rdma.transports }}{{ $_ := set $ucx "UCX_TLS" . }}{{ end }}
             {{- end }}
-            {{- with $rdma.transports }}
-            - name: UCX_TLS
-              value: {{ . | quote }}
-            {{- end }}
-            {{- end }}
-            {{- range $name, $value := $root.Values.ucx }}
+            {{- range $name, $value := mergeOverwrite $ucx $root.Values.ucx }}
             - name: {{ $name }}
               value: {{ include "baton.scalar" $value | quote }}
             {{- end }}
