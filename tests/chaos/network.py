@@ -49,11 +49,14 @@ async def cut(
                     _heal(each)
 
 
-def reset(pid: int) -> None:
-    """End every TCP connection of the process, as both of its ends see it."""
+def reset(pid: int, *, only_ipv4: bool = False) -> None:
+    """End every TCP connection of the process, as both of its ends see it.
+
+    With `only_ipv4` those over which KV is read: gRPC's sockets are of IPv6, whatever it speaks.
+    """
     with _sockets(pid) as sockets:
         for one in sockets:
-            if _peer(one) is not None:
+            if not (only_ipv4 and one.family != socket.AF_INET) and _peer(one) is not None:
                 with suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
 
