@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 
 import click
@@ -24,6 +25,9 @@ from services.kvstore.servicers import PrefixIndexServicer, RegistryServicer
 from services.kvstore.state import ClusterState
 
 log = logging.getLogger(__name__)
+
+STOP_S = 15.0
+"""How long stopping may take before the process ends at once; what Redis lacks then, workers tell again."""
 
 
 async def serve(settings: Settings) -> None:
@@ -68,6 +72,8 @@ async def serve(settings: Settings) -> None:
                 tasks.create_task(_expire(state, chosen.worker_ttl_s)),
             ]
             await stop.wait()
+            # The next one cannot listen before this one has ended. Whatever holds it up, the log will say it.
+            faulthandler.dump_traceback_later(STOP_S, exit=True)
             state.close()
             await server.stop(0)
             for helper in helpers:
