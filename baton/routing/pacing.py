@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from math import exp, log
 
@@ -61,13 +62,9 @@ class Pace:
         """
         if not decoding or not self.itl_target_s or self.step_s(decoding, most) <= self.itl_target_s:
             return most
-        fits, exceeds = 0, most
-        while exceeds - fits > 1:
-            middle = (fits + exceeds) // 2
-            if self.step_s(decoding, middle) <= self.itl_target_s:
-                fits = middle
-            else:
-                exceeds = middle
+        fits = bisect_right(
+            range(1, most), self.itl_target_s, key=lambda tokens: self.step_s(decoding, tokens)
+        )
         return min(most, max(fits, LEAST_PROMPT_TOKENS))
 
     def paced_s(self, decoding: int, prompt_tokens: int) -> float | None:
@@ -85,14 +82,8 @@ class Pace:
         """Requests, at most `most` and at least one, that may decode together."""
         if not self.itl_target_s:
             return most
-        fits, exceeds = 1, most + 1
-        while exceeds - fits > 1:
-            middle = (fits + exceeds) // 2
-            if self.step_s(middle, 0) <= self.itl_target_s:
-                fits = middle
-            else:
-                exceeds = middle
-        return fits
+        fits = bisect_right(range(1, most + 1), self.itl_target_s, key=lambda count: self.step_s(count, 0))
+        return max(1, fits)
 
 
 UNBOUNDED = Pace()

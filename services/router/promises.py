@@ -116,7 +116,7 @@ class Promises:
             running=at.running,
             waiting=at.waiting + promised.requests,
             queued_tokens=at.queued_tokens + promised.queued_tokens,
-            step_factor=1.0 if load is None else step_factor(load),
+            step_factor=view.step_factor if load is None else step_factor(load),
         )
 
     def _count(self, worker_id: str, work: Work, sign: int) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+import grpc
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -58,6 +60,13 @@ def nothing_is_held(cluster: Cluster) -> bool:
     """Whether no worker keeps blocks for anybody."""
     statuses = [cluster.status(name) for name in cluster.workers()]
     return not any(s.pinned_blocks or s.handoffs_serving or s.handoffs_reading for s in statuses)
+
+
+def started_anew(cluster: Cluster, worker_id: str, incarnation: str) -> bool:
+    """Whether another process than this incarnation answers in the worker's place."""
+    with suppress(KeyError, grpc.RpcError):
+        return cluster.status(worker_id).incarnation != incarnation
+    return False
 
 
 def wait_for_workers(cluster: Cluster, *worker_ids: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
-from tests.integration.cluster_state import counter
+from tests.integration.cluster_state import counter, started_anew, until
 from tests.integration.live_streams import Streamed, bodies, streams
 
 STREAMS = 20
@@ -52,15 +51,7 @@ def restart(cluster: Cluster, worker_id: str, number: signal.Signals = signal.SI
 
 
 def wait_for_another(cluster: Cluster, worker_id: str, incarnation: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            if worker_id in cluster.workers() and cluster.status(worker_id).incarnation != incarnation:
-                return
-        except grpc.RpcError:
-            pass
-        assert time.monotonic() < deadline, f"{worker_id} did not come back"
-        time.sleep(0.1)
+    until(lambda: started_anew(cluster, worker_id, incarnation), f"{worker_id} did not come back")
 
 
 def test_a_drained_decode_worker_gives_its_streams_away_with_their_kv(pair: Cluster) -> None:

@@ -8,9 +8,8 @@ import re
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
-import grpc
 import httpx
 import pytest
 
@@ -18,6 +17,7 @@ from baton.rpc.v1 import worker_pb2
 from tests.chaos.network import cut, reset
 from tests.cluster import Cluster
 from tests.conftest import StartCluster
+from tests.integration.cluster_state import started_anew
 from tests.integration.handoff_proxy import Before, Cut, HandoffProxy, Moment
 from tests.integration.handoffs import (
     CHUNK,
@@ -89,13 +89,7 @@ async def holding_nothing(cluster: Cluster, *worker_ids: str) -> None:
 
 async def back(cluster: Cluster, worker_id: str, before: str) -> None:
     """Wait until `baton up` has started the worker anew."""
-
-    def anew() -> bool:
-        with suppress(KeyError, grpc.RpcError):
-            return cluster.status(worker_id).incarnation != before
-        return False
-
-    await until(anew, f"{worker_id} is back")
+    await until(lambda: started_anew(cluster, worker_id, before), f"{worker_id} is back")
 
 
 async def joined(cluster: Cluster, worker_id: str) -> None:

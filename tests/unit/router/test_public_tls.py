@@ -13,6 +13,7 @@ import pytest
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.certificates import Authority, shows
 from tests.unit.router.fakes import FakeWorker, running_router
+from tests.waiting import until
 
 
 async def test_clients_reach_both_fronts_by_tls_and_only_by_tls(worker: FakeWorker, tmp_path: Path) -> None:
@@ -48,6 +49,4 @@ async def test_clients_reach_both_fronts_by_tls_and_only_by_tls(worker: FakeWork
                     inference_pb2.ListModelsRequest(), timeout=60
                 )
         certificate.replace(authority.sign("renewed"))
-        async with asyncio.timeout(60):
-            while not await asyncio.to_thread(shows, trusted, up.router.http_port, "renewed"):
-                await asyncio.sleep(0.1)
+        await until(lambda: asyncio.to_thread(shows, trusted, up.router.http_port, "renewed"))

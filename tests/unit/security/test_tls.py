@@ -50,7 +50,7 @@ def identity(authority: Authority, certificate: Certificate) -> Iterator[Certifi
 
 
 class Admin(worker_pb2_grpc.WorkerAdminServicer):
-    """Says whose certificate called; `Drain` lasts until it is cancelled."""
+    """Says whose certificate called; `Drain` takes a second, while others go on."""
 
     async def Status(self, request: object, context: grpc.aio.ServicerContext) -> worker_pb2.StatusResponse:
         (name,) = context.auth_context()["x509_common_name"]
