@@ -4,6 +4,10 @@ from __future__ import annotations
 
 NOBODY: frozenset[str] = frozenset()
 
+FIRST_WAIT_S = 2.0
+"""For how long a new request waits for the cluster to change: the only decode worker may have lost its session for
+a moment, or another may be about to take over. Longer would keep the caller from asking another router."""
+
 REPLACEMENT_WAIT_S = 15.0
 """For how long a request that was placed before waits for the cluster to change: a worker that takes over may
 still be starting, which takes longer than to notice that one has died."""
@@ -27,8 +31,8 @@ class Attempts:
 
     @property
     def wait_s(self) -> float:
-        """Seconds for which it may wait to be placeable: a first placement is made now or never."""
-        return REPLACEMENT_WAIT_S if self._again else 0.0
+        """Seconds for which it may wait to be placeable."""
+        return REPLACEMENT_WAIT_S if self._again else FIRST_WAIT_S
 
     def failed(self, worker_id: str | None, tokens: int) -> bool:
         """Count a placement that brought so many tokens and ended early, through a worker if it is at fault;

@@ -121,11 +121,8 @@ class Lifecycle:
         """Until the cluster changes, as long as the request may."""
         if job in self._waiting:
             return
-        if wait_s := job.attempts.wait_s:
-            self._waiting[job] = None
-            self._world.clock.after(wait_s, self._expire, job, job.attempts.left)
-        else:
-            self._give_up(job, UNAVAILABLE)
+        self._waiting[job] = None
+        self._world.clock.after(job.attempts.wait_s, self._expire, job, job.attempts.left)
 
     def _expire(self, job: Job, left: int) -> None:
         if job in self._waiting and job.attempts.left == left:

@@ -247,6 +247,18 @@ async def test_without_workers_the_router_is_alive_and_not_ready() -> None:
         assert (await client.post(C, json=ASK)).status_code == 503
 
 
+async def test_a_new_request_waits_a_moment_for_the_only_decode_worker(worker: FakeWorker) -> None:
+    async with (
+        running_router() as router,
+        httpx.AsyncClient(base_url=router.own_url, timeout=60) as client,
+    ):
+        asking = asyncio.create_task(client.post(C, json=ASK))
+        await until(lambda: router.router.recent.running)
+        router.cluster.workers[worker.worker_id] = known(worker.worker_id, worker.address)
+        router.router.on_workers()
+        assert (await asking).json()["choices"][0]["text"] == ANSWER
+
+
 async def test_the_context_is_what_the_largest_worker_can_hold(worker: FakeWorker) -> None:
     small = known("decode-0", worker.address, total_blocks=4)
     async with (
