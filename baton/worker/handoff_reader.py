@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import NoReturn, TypeVar
 
 import grpc
 
@@ -24,14 +24,13 @@ from baton.errors import HandoffFailed, PrefillRefused
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.worker.convert import forwarded_to, remaining_s
 from baton.worker.metrics import HANDOFF_PHASES, HANDOFFS, PREFILLS
-from baton.worker.peers import Peer, Peers
+from baton.worker.peers import HandoffCall, Peer, Peers
 from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Send = Callable[[worker_pb2.RequestOutput], None]
-HandoffCall: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]"
 
 
 class HandoffReader:
@@ -129,31 +128,32 @@ class _Exchange:
     report: worker_pb2.TransferReport = field(default_factory=worker_pb2.TransferReport)
 
     async def run(self) -> bool:
-        call = self.peer.stub.Handoff()
-        ready: asyncio.Queue[worker_pb2.BlocksReady] = asyncio.Queue()
         try:
-            await call.write(worker_pb2.HandoffRequest(begin=self._begin()))
-            self.clock.ended("begin")
-            async with asyncio.TaskGroup() as tasks:
-                reading = tasks.create_task(self._read_blocks(ready))
-                finished = await self._receive(call, ready)
-                if finished:
-                    reading.cancel()
-                    return True
-                await while_leased(call, self.peer, reading)
-                tail_s = self.clock.ended("tail")
-                await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
-                released = await next_response(call, self.peer, self.timeout_s)
-                if released.WhichOneof("message") != "released":
-                    raise HandoffFailed(f"{self.peer} answered Done with something other than Released")
-                self.report.tail_s = tail_s + self.clock.ended("release")
-            return False
+            with self.peer.handoff() as call:
+                return await self._run(call)
         except grpc.aio.AioRpcError as error:
             raise _broken(self.peer, error) from error
         except ExceptionGroup as group:
             raise _first_failure(group, self.peer) from group
-        finally:
-            call.cancel()
+
+    async def _run(self, call: HandoffCall) -> bool:
+        ready: asyncio.Queue[worker_pb2.BlocksReady] = asyncio.Queue()
+        await call.write(worker_pb2.HandoffRequest(begin=self._begin()))
+        self.clock.ended("begin")
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(self._read_blocks(ready))
+            finished = await self._receive(call, ready)
+            if finished:
+                reading.cancel()
+                return True
+            await while_leased(call, self.peer, reading)
+            tail_s = self.clock.ended("tail")
+            await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
+            released = await next_response(call, self.peer, self.timeout_s)
+            if released.WhichOneof("message") != "released":
+                raise HandoffFailed(f"{self.peer} answered Done with something other than Released")
+            self.report.tail_s = tail_s + self.clock.ended("release")
+        return False
 
     async def _receive(
         self,

@@ -20,9 +20,9 @@ from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
 from baton.errors import BatonError, HandoffFailed
 from baton.rpc.v1 import worker_pb2
-from baton.worker.handoff_reader import HandoffCall, next_response, pin_prefix, while_leased
+from baton.worker.handoff_reader import next_response, pin_prefix, while_leased
 from baton.worker.metrics import MOVES
-from baton.worker.peers import Peer, Peers
+from baton.worker.peers import HandoffCall, Peer, Peers
 from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
@@ -75,27 +75,25 @@ class Mover:
     async def _exchange(
         self, peer: Peer, start: worker_pb2.Start, choice: Choice, reservation: Reservation
     ) -> int:
-        call = peer.stub.Handoff()
         try:
-            held = reservation.held
-            begin = _begin(peer, start, choice, held, self._peers.verify)
-            await call.write(worker_pb2.HandoffRequest(begin=begin))
-            held += await self._read(call, peer, reservation, held, _SPARE_BLOCKS)
-            await call.write(worker_pb2.HandoffRequest(freeze=worker_pb2.Freeze()))
-            _go_on_from(choice, (await next_response(call, peer, self._timeout_s)).moved)
-            held += await self._read(call, peer, reservation, held, 0)
-            if held != choice.blocks_for(len(choice.tokens) - 1):
-                raise HandoffFailed(f"{peer} gave {held} blocks for {len(choice.tokens)} tokens")
-            await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
-            if (await next_response(call, peer, self._timeout_s)).WhichOneof("message") != "released":
-                raise HandoffFailed(f"{peer} answered Done with something other than Released")
-            return held - reservation.held
+            with peer.handoff() as call:
+                held = reservation.held
+                begin = _begin(peer, start, choice, held, self._peers.verify)
+                await call.write(worker_pb2.HandoffRequest(begin=begin))
+                held += await self._read(call, peer, reservation, held, _SPARE_BLOCKS)
+                await call.write(worker_pb2.HandoffRequest(freeze=worker_pb2.Freeze()))
+                _go_on_from(choice, (await next_response(call, peer, self._timeout_s)).moved)
+                held += await self._read(call, peer, reservation, held, 0)
+                if held != choice.blocks_for(len(choice.tokens) - 1):
+                    raise HandoffFailed(f"{peer} gave {held} blocks for {len(choice.tokens)} tokens")
+                await call.write(worker_pb2.HandoffRequest(done=worker_pb2.Done()))
+                if (await next_response(call, peer, self._timeout_s)).WhichOneof("message") != "released":
+                    raise HandoffFailed(f"{peer} answered Done with something other than Released")
+                return held - reservation.held
         except grpc.aio.AioRpcError as error:
             raise HandoffFailed(f"{peer}: {error.code().name}: {error.details()}") from error
         except TimeoutError as error:
             raise HandoffFailed("no KV blocks became free for the move in time") from error
-        finally:
-            call.cancel()
 
     async def _read(
         self, call: HandoffCall, peer: Peer, reservation: Reservation, held: int, spare: int

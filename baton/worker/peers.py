@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import grpc
 
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 20.0
 
+HandoffCall: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]"
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -41,6 +45,24 @@ class Peer:
 
     def __str__(self) -> str:
         return f"worker {self.agent_name} at {self.address}"
+
+    @contextmanager
+    def handoff(self) -> Iterator[HandoffCall]:
+        """A handoff from this worker, which ends with the block.
+
+        Raises:
+            HandoffFailed: the worker was forgotten meanwhile. Whoever waits for a call cannot tell the end of
+                its channel from being cancelled, and a task that is cancelled tells nobody.
+        """
+        call = self.stub.Handoff()
+        try:
+            yield call
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise HandoffFailed(f"{self} was given up meanwhile") from None
+        finally:
+            call.cancel()
 
 
 @dataclass

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
-from typing import TypeAlias
 
 import grpc
 
@@ -21,7 +20,7 @@ from baton.engine.sequence import longest_reusable
 from baton.errors import HandoffFailed
 from baton.rpc.v1 import worker_pb2
 from baton.worker.metrics import PULLS
-from baton.worker.peers import Peer, Peers
+from baton.worker.peers import HandoffCall, Peer, Peers
 from baton.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
@@ -94,8 +93,7 @@ class Puller:
             if pinned.held == blocks:
                 raise _Missed("held")
             peer = await self._peers.get(pull.address, pull.incarnation)
-            call = peer.stub.Handoff()
-            stack.callback(call.cancel)
+            call = stack.enter_context(peer.handoff())
             begin = worker_pb2.Begin(
                 request_id=choice.request_id,
                 incarnation=pull.incarnation,
@@ -123,10 +121,7 @@ class Puller:
         await self._peers.read(peer, source, destination, self._timeout_s, ready.digests)
 
 
-Call: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.HandoffRequest, worker_pb2.HandoffResponse]"
-
-
-async def _ready(call: Call, held: int, blocks: int) -> worker_pb2.BlocksReady:
+async def _ready(call: HandoffCall, held: int, blocks: int) -> worker_pb2.BlocksReady:
     """The blocks that the peer offers after the first `held`. Raises HandoffFailed when they cannot be."""
     ready = (await _next(call)).blocks_ready
     offered = ready.block_ids
@@ -138,7 +133,7 @@ async def _ready(call: Call, held: int, blocks: int) -> worker_pb2.BlocksReady:
     return ready
 
 
-async def _next(call: Call) -> worker_pb2.HandoffResponse:
+async def _next(call: HandoffCall) -> worker_pb2.HandoffResponse:
     response = await call.read()
     if isinstance(response, worker_pb2.HandoffResponse):
         return response
