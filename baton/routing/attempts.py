@@ -12,6 +12,10 @@ REPLACEMENT_WAIT_S = 15.0
 """For how long a request that was placed before waits for the cluster to change: a worker that takes over may
 still be starting, which takes longer than to notice that one has died."""
 
+BREAKS_S = 30.0
+"""For how long placements do not count that ended because a connection broke: that says nothing of the
+request, and a network that is cut for a while breaks one connection after another."""
+
 
 class Attempts:
     """The placements of one request, of which `most` in a row may end without having brought a token."""
@@ -34,11 +38,11 @@ class Attempts:
         """Seconds for which it may wait to be placeable."""
         return REPLACEMENT_WAIT_S if self._again else FIRST_WAIT_S
 
-    def failed(self, worker_id: str | None, tokens: int) -> bool:
-        """Count a placement that brought so many tokens and ended early, through a worker if it is at fault;
-        whether there may be another."""
+    def failed(self, worker_id: str | None, tokens: int, *, counts: bool = True) -> bool:
+        """A placement brought so many tokens and ended early, through a worker if it is at fault: may there
+        be another?"""
         if worker_id is not None:
             self._failed |= {worker_id}
         self._again = True
-        self.left = (self._most if tokens else self.left) - 1
+        self.left = (self._most if tokens else self.left) - counts
         return self.left > 0

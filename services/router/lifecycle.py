@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from baton.routing import Unplaceable
-from baton.routing.attempts import Attempts
+from baton.routing.attempts import BREAKS_S, Attempts
 from baton.text import Tokenizer
 from services.router.choice import Choice
 from services.router.failures import PlacementFailed
@@ -113,6 +113,8 @@ class Lifecycle:
         """From placement to placement until the choice has ended, or too many brought nothing in a row."""
         attempts = Attempts(self._max_placements)
         losses: list[Loss] = []
+        clock = asyncio.get_running_loop().time
+        went_on_s = clock()
         while True:
             begun_at = len(choice.output)
             try:
@@ -126,9 +128,11 @@ class Lifecycle:
                 tokens = len(choice.output) - begun_at
                 if tokens:
                     losses.clear()
+                    went_on_s = clock()
                 if failure.loss is not None:
                     losses.append(failure.loss)
-                if not attempts.failed(failure.avoid, tokens):
+                counts = failure.reason != "session_broken" or clock() - went_on_s > BREAKS_S
+                if not attempts.failed(failure.avoid, tokens, counts=counts):
                     raise failure.final from failure
                 self._metrics.replaced(failure.reason)
 

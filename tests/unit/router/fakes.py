@@ -31,9 +31,9 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
     """Answers every request with the tokens of `script`, from where its output so far ends.
 
     After `hold_at` tokens it waits for `go_on`. The next errors of `errors` are answered instead,
-    one per Start. `break_at` ends the whole session after so many tokens, once. After `drain` it gives its
-    requests to fakes that ask for them; with `give_ahead` those go on after so many tokens more, which this
-    one never sends, and its session breaks.
+    one per Start. `break_at` ends the whole session after so many tokens, `breaks` times. After `drain` it
+    gives its requests to fakes that ask for them; with `give_ahead` those go on after so many tokens more,
+    which this one never sends, and its session breaks.
     """
 
     at: ClassVar[dict[str, FakeWorker]] = {}
@@ -45,6 +45,7 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
         self.hold_at: int | None = None
         self.go_on = asyncio.Event()
         self.break_at: int | None = None
+        self.breaks = 1
         self.draining = False
         self.give_ahead: int | None = None
         self.taken: dict[int, asyncio.Future[int]] = {}
@@ -150,8 +151,8 @@ class FakeWorker(worker_pb2_grpc.DecodeServicer):
                     await asyncio.Event().wait()
                 await write(worker_pb2.RequestOutput(key=start.key, error=MOVED))
                 return
-            if at == self.break_at:
-                self.break_at = None
+            if at == self.break_at and self.breaks:
+                self.breaks -= 1
                 broken.set()
                 await asyncio.Event().wait()
             token = self.script[at] if at < len(self.script) else EOS

@@ -69,6 +69,15 @@ async def test_the_only_worker_is_used_again_when_it_comes_back(
     assert [len(start.output_token_ids) for start in worker.starts] == [0, 5]
 
 
+async def test_connections_that_break_again_and_again_cost_no_request(
+    http: httpx.AsyncClient, worker: FakeWorker
+) -> None:
+    worker.break_at, worker.breaks = 5, 6
+    response = await http.post(C, json=ASK)
+    assert response.json()["choices"][0]["text"] == ANSWER
+    assert [len(start.output_token_ids) for start in worker.starts] == [0, 5, 5, 5, 5, 5, 5]
+
+
 async def test_a_failed_handoff_avoids_the_prefill_worker(
     both: tuple[httpx.AsyncClient, RunningRouter], pair: tuple[FakeWorker, FakeWorker]
 ) -> None:

@@ -28,3 +28,9 @@ def test_nobody_is_avoided_where_nobody_is_at_fault() -> None:
 def test_as_many_in_a_row_may_bring_nothing_as_were_allowed() -> None:
     attempts = Attempts(3)
     assert [attempts.failed("a", tokens) for tokens in (0, 0, 5, 0, 0)] == [True, True, True, True, False]
+
+
+def test_what_does_not_count_may_happen_as_often_as_it_likes() -> None:
+    attempts = Attempts(1)
+    assert all(attempts.failed("a", 0, counts=False) for _ in range(9))
+    assert not attempts.failed("a", 0)
