@@ -72,7 +72,7 @@ def _measure(settings: Settings) -> Profile:
         decode = [
             DecodePoint(batch, context, seconds)
             for context in CONTEXTS
-            if 2 * context < config.max_model_len
+            if 2 * context <= config.max_model_len
             for batch, seconds in profiler.decode(batches, context, _BUDGET_S).items()
         ]
     finally:

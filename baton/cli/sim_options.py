@@ -30,7 +30,12 @@ worker_options = together(
         callback=_power_of_two,
         help="tokens",
     ),
-    click.option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True),
+    click.option(
+        "--max-batch-tokens",
+        type=click.IntRange(min=0),
+        default=0,
+        help="computed per step at most [0: as few as reach full prefill speed, as workers choose]",
+    ),
     click.option("--max-batch-requests", type=click.IntRange(min=1), default=256, show_default=True),
     click.option(
         "--network-bytes-per-s",

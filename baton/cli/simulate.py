@@ -70,7 +70,7 @@ def _cluster(given: dict[str, Any]) -> SimCluster:
                 role,
                 speed,
                 kv_blocks=max(1, given["kv_tokens"] // block),
-                max_batch_tokens=given["max_batch_tokens"],
+                max_batch_tokens=given["max_batch_tokens"] or speed.step_size(given["max_batch_requests"]),
                 max_batch_requests=given["max_batch_requests"],
                 network_bytes_per_s=given["network_bytes_per_s"],
                 gpus=given["gpus_per_worker"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from statistics import median
 
 import torch
@@ -19,7 +19,6 @@ DECODE_CONTEXT = 64
 #: Seconds that finding one curve may take when a worker starts.
 START_BUDGET_S = 0.3
 _ENOUGH_S = 0.05
-_NEARLY = 0.95
 
 
 def measure_prefill(
@@ -51,15 +50,6 @@ def measure_decode(
         return [_sequence(context, context - 1, block_size, pool) for _ in range(size)]
 
     return _measure(pool, sizes, batch, runner, budget_s)
-
-
-def knee(prefill: Mapping[int, float]) -> int:
-    """The fewest tokens per step that reach nearly the best prefill speed of the curve, at least 16.
-
-    More would only delay the decoding sequences that share the step.
-    """
-    best = max(tokens / seconds for tokens, seconds in prefill.items())
-    return max(16, min(tokens for tokens, seconds in prefill.items() if tokens / seconds >= _NEARLY * best))
 
 
 def _measure(

@@ -179,10 +179,13 @@ class Scheduler:
 
     def learn(self, batch: list[Scheduled], took_s: float) -> None:
         """Keep to the pace by what a step of it took."""
+        decoding = sum(item.query_len == 1 for item in batch)
+        self.learn_steps(decoding, sum(item.query_len for item in batch) - decoding, took_s)
+
+    def learn_steps(self, decoding: int, prompt_tokens: int, took_s: float, steps: int = 1) -> None:
+        """As `learn`, of steps of so many decoding sequences and prompt tokens that took `took_s` each."""
         if self.pace.itl_target_s:
-            decoding = sum(item.query_len == 1 for item in batch)
-            prompt_tokens = sum(item.query_len for item in batch) - decoding
-            self.pace = self.pace.learnt(decoding, prompt_tokens, took_s)
+            self.pace = self.pace.learnt(decoding, prompt_tokens, took_s, steps)
             self._most_decoding = self.pace.decoding(self.limits.max_batch_requests)
 
     def advance(self, scheduled: Scheduled) -> None:

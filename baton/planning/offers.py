@@ -19,6 +19,7 @@ class Hardware:
 
     A worker on n devices has n times `gpu_bytes`, of which it takes the share `utilization` for the model's
     `weight_bytes` and KV; `kv_tokens`, if it is not 0, is what it holds instead, whatever that comes to.
+    With 0 `max_batch_tokens` it chooses by its step times.
     """
 
     gpu_bytes: float
@@ -27,7 +28,7 @@ class Hardware:
     block_tokens: int = 16
     utilization: float = 0.9
     kv_tokens: int = 0
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int = 0
     max_batch_requests: int = 256
     network_bytes_per_s: float = 12.5e9
 
@@ -61,7 +62,7 @@ def offer_of(name: str, hardware: Hardware) -> Offer:
         Role.HYBRID,
         speed,
         kv_blocks=kv_tokens // hardware.block_tokens,
-        max_batch_tokens=hardware.max_batch_tokens,
+        max_batch_tokens=hardware.max_batch_tokens or speed.step_size(hardware.max_batch_requests),
         max_batch_requests=hardware.max_batch_requests,
         network_bytes_per_s=hardware.network_bytes_per_s,
         gpus=gpus,

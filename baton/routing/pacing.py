@@ -30,14 +30,15 @@ class Pace:
     decode: Curve = field(default_factory=Curve)
     log_factor: float = 0.0
 
-    def learnt(self, decoding: int, prompt_tokens: int, took_s: float) -> Pace:
-        """The pace, knowing also what a step of `decoding` requests and so many tokens of prompts took: one
-        step counts little, and within 1/8 and 8."""
+    def learnt(self, decoding: int, prompt_tokens: int, took_s: float, steps: int = 1) -> Pace:
+        """The pace, knowing also what each of some steps of `decoding` requests and so many tokens of prompts
+        took: one step counts little, and within 1/8 and 8."""
         predicted_s = self._measured_s(decoding, prompt_tokens)
         if not decoding or predicted_s <= 0 or took_s <= 0:
             return self
         off = max(-_MOST, min(_MOST, log(took_s / predicted_s)))
-        return replace(self, log_factor=self.log_factor + _WEIGHT * (off - self.log_factor))
+        weight = 1 - (1 - _WEIGHT) ** steps
+        return replace(self, log_factor=self.log_factor + weight * (off - self.log_factor))
 
     def step_s(self, decoding: int, prompt_tokens: int) -> float:
         """Predicted seconds of a step of `decoding` requests and so many tokens of prompts."""

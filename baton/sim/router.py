@@ -161,6 +161,7 @@ class SimRouter:
             prefill_curve=curve,
             decode_curve=worker.decode_curve,
             itl_target_s=worker.spec.itl_target_s,
+            step_factor=load.step_factor,
             read_bytes_per_s=self._fleet.read_rates(worker.spec.network_bytes_per_s),
         )
         self._known[worker_id] = made, view

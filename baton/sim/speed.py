@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
+from baton.engine.step_size import step_size
 from baton.routing.view import Curve
 
 PREFILL_SIZES = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -53,6 +54,12 @@ class Speed(ABC):
             return decode_s
         prefill_s = self.prefill_s(chunks)
         return max(prefill_s, decode_s, prefill_s + decode_s - self.shared_s)
+
+    def step_size(self, max_batch_requests: int) -> int:
+        """Tokens per step that a worker would choose by what it measured at its start."""
+        return step_size(
+            {size: self.prefill_s([Chunk(0, size)]) for size in PREFILL_SIZES}, max_batch_requests
+        )
 
     def prefill_curve(self, longest: int) -> Curve:
         """What a worker would measure at its start: one prompt in one step, of up to `longest` tokens."""

@@ -38,6 +38,7 @@ class LoadReport(NamedTuple):
     queued_tokens: int
     free_blocks: int
     cached_blocks: int
+    step_factor: float
 
 
 class World(Protocol):
@@ -241,6 +242,7 @@ class SimWorker:
             scheduler.queued_tokens if prompts else 0,
             self.pool.available,
             self.pool.cached,
+            scheduler.pace.factor,
         )
 
     # ---- steps --------------------------------------------------------------------------------
@@ -317,10 +319,13 @@ class SimWorker:
             return
         self._step = None
         now_s, totals = self._clock.now_s, self.totals
-        totals.busy_s += now_s - step.began_s
+        took_s = now_s - step.began_s
+        totals.busy_s += took_s
         if step.batch:
+            self.scheduler.learn(step.batch, took_s)
             self._record(step, now_s)
         else:
+            self.scheduler.learn_steps(len(self._steady), 0, took_s / step.steps, step.steps)
             self._advance(step, step.steps, now_s)
         self.reservations.grant()
         self.publish()

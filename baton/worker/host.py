@@ -19,11 +19,12 @@ from baton.attention.select import block_bytes, create_backend, preferred_block_
 from baton.config import EngineSettings, Settings
 from baton.device import device_of
 from baton.engine.costs import Costs, peak_of
-from baton.engine.curves import knee, measure_decode, measure_prefill
+from baton.engine.curves import measure_decode, measure_prefill
 from baton.engine.engine import Engine, Stop
 from baton.engine.graphs import DecodeGraphs
 from baton.engine.runner import Runner
 from baton.engine.scheduler import Limits, Scheduler
+from baton.engine.step_size import step_size
 from baton.errors import BatonError, HandoffFailed
 from baton.kv.events import Event, Stored, Tier
 from baton.kv.lower import LowerTiers
@@ -122,7 +123,7 @@ def load(settings: Settings, startup: Startup) -> Loaded:
     with startup.part("step times"):
         prefill = measure_prefill(runner, pool, block_size, prompts)
         decode = measure_decode(runner, pool, block_size, batches)
-    tokens = chosen.max_batch_tokens or max(knee(prefill), chosen.max_batch_requests)
+    tokens = chosen.max_batch_tokens or step_size(prefill, chosen.max_batch_requests)
     limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
     pace = Pace(chosen.itl_target_s, _curve(prefill), _curve(decode))
     tiers = _add_tiers(chosen, pool, attention.cache)

@@ -8,9 +8,10 @@ from typing import cast
 import pytest
 
 from baton.engine import curves
-from baton.engine.curves import knee, measure_prefill
+from baton.engine.curves import measure_prefill
 from baton.engine.runner import Runner
 from baton.engine.scheduler import Scheduled
+from baton.engine.step_size import knee
 from baton.kv.pool import BlockPool
 
 

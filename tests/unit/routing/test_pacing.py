@@ -85,6 +85,16 @@ def test_steps_that_take_longer_than_predicted_come_to_hold_less(
         assert slower * pace(target_s).step_s(decoding, tokens) == pytest.approx(target_s, rel=0.05)
 
 
+@given(took_s=st.floats(0.001, 1.0), decoding=st.integers(1, 64), steps=st.integers(1, 200))
+def test_many_steps_at_once_teach_what_they_teach_one_by_one(
+    took_s: float, decoding: int, steps: int
+) -> None:
+    one_by_one = pace(0.1)
+    for _ in range(steps):
+        one_by_one = one_by_one.learnt(decoding, 0, took_s)
+    assert pace(0.1).learnt(decoding, 0, took_s, steps).factor == pytest.approx(one_by_one.factor)
+
+
 def test_one_stalled_step_changes_little_and_one_in_which_nobody_decodes_nothing() -> None:
     stalled = pace(0.1).learnt(4, 50, 60.0)
     assert 1.0 < stalled.step_s(4, 50) / pace(0.1).step_s(4, 50) < 1.12

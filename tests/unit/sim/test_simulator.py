@@ -224,6 +224,24 @@ def test_a_controller_changes_roles_and_workers_while_it_runs() -> None:
     assert new.output_tokens > 0
 
 
+@pytest.mark.parametrize(("itl_target_s", "least", "most"), [(0.5, 1.3, 1.8), (0.0, 1.0, 1.0)])
+def test_a_worker_with_an_itl_target_says_that_its_steps_take_longer_than_they_did_at_its_start(
+    itl_target_s: float, least: float, most: float
+) -> None:
+    seen: list[Observed] = []
+
+    def controller(observed: Observed) -> Sequence[Action]:
+        seen.append(observed)
+        return []
+
+    # At its start it measured short contexts: steps of 10.8 ms, where these take 18.
+    speed = LinearSpeed((0.010, 1e-4, 0.0), (0.010, 1e-5, 2e-4), (0.010, 1e-5, 2e-4), 1000)
+    worker = replace(spec(Role.HYBRID), speed=speed, itl_target_s=itl_target_s)
+    requests = from_trace([TraceRow(0.0, 700, 200), TraceRow(2.5, 20, 200)], BLOCK)
+    simulate(SimCluster((worker,), BLOCK), requests, controller=controller, interval_s=1.0)
+    assert least <= seen[-1].workers[0].step_factor <= most
+
+
 class TestNetwork:
     def test_flows_share_a_card_evenly(self) -> None:
         clock, ends = Clock(), []
