@@ -5,9 +5,11 @@
 `baton profile` measures the steps of a model on this machine; `baton up` runs a cluster of the same model
 here; `baton bench` puts a load on it, open loop; and the same requests go through `baton.sim` with that
 profile. The profile is the mean of one before the load and one after it, because machines with other work
-change. Nothing is fitted to the cluster's run: beside the profile the simulator gets what a message
-between two processes takes and what the router takes per request (`--message-s`, `--router-s`), and the speed
-of reads that `benchmarks/transfer.py` measures.
+change. It is of a worker's engine alone. What serving adds to a step (the worker's event loop, which takes
+turns with the engine, and gRPC) is measured on the cluster before the load, one request at a time: the time
+between its tokens less a step of the profile. Nothing is fitted to the load's run: beside these the
+simulator gets what a message between two processes takes and what the router takes per request
+(`--message-s`, `--router-s`), and the speed of reads that `benchmarks/transfer.py` measures.
 
 The figures are the simulator's over the cluster's. The goal is to be within 15 %.
 """
@@ -60,6 +62,8 @@ WORKER = (
     *("--model", str(MODEL), "--max-model-len", "1024", "--threads", "1"),
     *("--max-batch-tokens", str(BATCH_TOKENS), "--kv-bytes", str(KV_BYTES)),
 )
+ALONE_INPUT = 64
+ALONE_OUTPUT = 256
 READY_S = 120.0
 SEED = 11
 
@@ -88,10 +92,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="baton-fidelity-") as folder:
         before = profile(Path(folder))
         for name, shape in SHAPES.items():
-            real = measure(shape, arguments.seconds / len(SHAPES), Path(folder))
+            alone_s, real = measure(shape, arguments.seconds / len(SHAPES), Path(folder))
             after = profile(Path(folder))
-            modelled = model(shape, arguments, measured(mean(before, after)))
+            steps = mean(before, after)
             before = after
+            serving_s = max(0.0, alone_s - step_s(measured(steps)))
+            console.print(f"serving adds {1e3 * serving_s:.2f} ms to a step of {1e3 * alone_s:.2f} ms")
+            modelled = model(shape, arguments, measured(served(steps, serving_s)))
             pair = [_named(f"{name}: cluster", real), _named(f"{name}: simulated", modelled)]
             console.print(table(pair))
             runs += pair
@@ -134,16 +141,37 @@ def mean(one: Profile, other: Profile) -> Profile:
     )
 
 
-def measure(shape: Shape, seconds: float, folder: Path) -> Run:
-    """The load on a real cluster."""
+def step_s(speed: Speed) -> float:
+    """A step of the request that `measure` sends alone, half-way through its answer."""
+    line = speed.decode_line(1)
+    return line.fixed_s + line.per_token_s * (ALONE_INPUT + ALONE_OUTPUT / 2)
+
+
+def served(profile: Profile, serving_s: float) -> Profile:
+    """The steps of a worker that serves, each `serving_s` longer."""
+    return msgspec.structs.replace(
+        profile,
+        prefill=[PrefillPoint(point.tokens, point.seconds + serving_s) for point in profile.prefill],
+        decode=[DecodePoint(step.batch, step.context, step.seconds + serving_s) for step in profile.decode],
+    )
+
+
+def measure(shape: Shape, seconds: float, folder: Path) -> tuple[float, Run]:
+    """On a real cluster: the time between tokens of one request at a time, then the load."""
     out = folder / "real.json"
     with cluster(shape.roles, folder) as url:
+        bench = (*BATON, "bench", "--url", url, "--seed", str(SEED), "--out", str(out))
         run(
-            *BATON, "bench", "--url", url, "--request-rate", str(shape.rate_per_s), "--seed", str(SEED),
-            "--duration", str(seconds), "--input-len", str(shape.input_tokens), "--warmup", "8",
-            "--output-len", str(shape.output_tokens), "--range-ratio", str(shape.spread), "--out", str(out),
+            *bench, "--concurrency", "1", "--num-prompts", "8", "--warmup", "8",
+            "--input-len", str(ALONE_INPUT), "--output-len", str(ALONE_OUTPUT),
         )  # fmt: skip
-    return load(out).runs[0]
+        alone_s = _seconds(load(out).runs[0].summary.itl, "p50")
+        run(
+            *bench, "--request-rate", str(shape.rate_per_s), "--duration", str(seconds), "--warmup", "8",
+            "--input-len", str(shape.input_tokens), "--output-len", str(shape.output_tokens),
+            "--range-ratio", str(shape.spread),
+        )  # fmt: skip
+    return alone_s, load(out).runs[0]
 
 
 def model(shape: Shape, arguments: argparse.Namespace, speed: Speed) -> Run:
