@@ -92,6 +92,7 @@ POD: dict[str, Schema] = {
     "affinity": FREE,
     "topologySpreadConstraints": OBJECTS,
     "priorityClassName": TEXT,
+    "runtimeClassName": TEXT,
     "podAnnotations": TEXTS,
     "podLabels": TEXTS,
     "podSecurityContext": FREE,

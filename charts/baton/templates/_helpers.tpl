@@ -168,6 +168,9 @@ imagePullSecrets:
 {{- with $values.priorityClassName | default .root.Values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
+{{- with $values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
 securityContext:
   {{- $hardened := dict "runAsNonRoot" true "runAsUser" 65532 "runAsGroup" 65532 "fsGroup" 65532 "fsGroupChangePolicy" "OnRootMismatch" "seccompProfile" (dict "type" "RuntimeDefault") }}
   {{- mergeOverwrite $hardened (deepCopy ($values.podSecurityContext | default dict)) | toYaml | nindent 2 }}

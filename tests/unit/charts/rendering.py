@@ -30,7 +30,7 @@ EVERYTHING = (
     *("tls.certManager.enabled=true", "tls.certManager.issuerRef.name=ca", "apiKeys.existingSecret=people"),
     *("internalTls.certManager.enabled=true", "internalTls.certManager.issuerRef.name=inside"),
     *("prefill.keda.enabled=true", "prefill.keda.triggers[0].type=prometheus", "ucx.UCX_LOG_LEVEL=info"),
-    *("otlpEndpoint=http://otel-collector:4317", "logFormat=text"),
+    *("otlpEndpoint=http://otel-collector:4317", "logFormat=text", "decode.runtimeClassName=nvidia"),
 )
 
 #: Values of a planner and all it needs; it cannot be together with what else sets replicas.
