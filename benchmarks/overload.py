@@ -1,6 +1,6 @@
 """What happens at 20 times the load that a cluster sustains: goodput, memory, refusals, recovery.
 
-    python benchmarks/overload.py [--quick] [--factor 20]
+    python benchmarks/overload.py [--quick] [--factor 20] [--tokens 512 128]
 
 `baton up` runs a prefill and a decode worker with the bundled model. Clients stream answers, open loop: what
 becomes of a request does not hold up the next one. An answer is good when its first token came within
@@ -31,9 +31,8 @@ from served import figure, print_report, random_tokens
 
 from tests.cluster import Cluster, run_cluster
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64
 IN_FLIGHT, ROUNDS = 32, 3
-KV_BLOCKS = 2048
+KV_BLOCKS = 4096
 RATES = (0.7, 0.9, 1.1)
 SAMPLE_S = 0.5
 PROBE_EVERY_S = 0.5
@@ -86,17 +85,19 @@ class Phase:
 class Load:
     """Asks over connections that are kept, each with one request at a time; opens what it needs."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, prompt_tokens: int, answer_tokens: int) -> None:
         self._host, _, port = base_url.removeprefix("http://").partition(":")
         self._port = int(port)
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._draw = random.Random(7)
+        self._prompt_tokens = prompt_tokens
+        self._answer_tokens = answer_tokens
 
     async def one(self) -> Ended:
         """Ask once."""
         asked = {
-            "prompt": random_tokens(PROMPT_TOKENS, self._draw),
-            "max_tokens": OUTPUT_TOKENS,
+            "prompt": random_tokens(self._prompt_tokens, self._draw),
+            "max_tokens": self._answer_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
@@ -230,8 +231,7 @@ class Found:
     recovery_s: float | None
 
 
-async def measure(cluster: Cluster, *, seconds: float, overload_s: float, factor: float) -> Found:
-    load = Load(cluster.base_url)
+async def measure(load: Load, cluster: Cluster, *, seconds: float, overload_s: float, factor: float) -> Found:
     capacity = await sustained(load)
     phases = [await offer(load, share * capacity, seconds) for share in RATES]
     usual_s = phases[0].slowest_tenth_s()
@@ -266,15 +266,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="15 s of overload instead of 60")
     parser.add_argument("--factor", type=float, default=20.0, help="times the load that is sustained")
     parser.add_argument("--slo", type=float, default=3.0, help="seconds to the first token of a good answer")
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, default=(512, 128), metavar="N", help="in and out per request"
+    )
     given = parser.parse_args()
     seconds, overload_s = (8.0, 15.0) if given.quick else (20.0, 60.0)
-    # Who would wait longer than is good is refused: that is what the setting is for. The KV pool is so small
-    # that all of it has been used before memory is looked at.
-    flags = ("--queue-timeout-s", str(given.slo / 2), "--kv-blocks", str(KV_BLOCKS))
+    # Who would wait longer than is good is refused: that is what the setting is for. A second of prompts
+    # waits at the workers besides. The KV pool is so small that all of it was used before memory is looked at.
+    flags = ("--queue-timeout-s", str(given.slo / 6), "--kv-blocks", str(KV_BLOCKS))
     with tempfile.TemporaryDirectory() as folder, run_cluster(Path(folder), *flags) as cluster:
-        run = measure(cluster, seconds=seconds, overload_s=overload_s, factor=given.factor)
+        load = Load(cluster.base_url, *given.tokens)
+        run = measure(load, cluster, seconds=seconds, overload_s=overload_s, factor=given.factor)
         found = asyncio.run(run)
-    table = Table(title=f"Requests of {PROMPT_TOKENS} + {OUTPUT_TOKENS} tokens")
+    table = Table(title="Requests of {} + {} tokens".format(*given.tokens))
     for column in ("offered /s", "sent", f"good /s (TTFT <= {given.slo:g} s)", "200", "429", "other"):
         table.add_column(column, justify="right")
     for row in rows(found, given.slo):

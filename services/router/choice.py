@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 
 from baton.errors import Unavailable
 from baton.openai.answer import Piece
@@ -198,7 +199,7 @@ class Choice:
         timeline.pull_worker = placement.pull.worker.worker_id if placement.pull is not None else ""
 
     def _note_transfer(self, report: worker_pb2.TransferReport, placement: Placement) -> None:
-        self._timeline.transfer = report
+        self._timeline.transfer = deepcopy(report)  # a part of a message would keep all of it in memory
         if placement.prefill is not None:
             self._recent.moved(placement.prefill.worker_id, placement.decode.worker_id, report.bytes)
 
@@ -208,7 +209,7 @@ class Choice:
         actual_s = report.queue_s + report.prefill_s
         self._metrics.predicted(placement.terms.first_token_s, actual_s)
         kind = _KINDS.get(report.kind, "local")
-        self._timeline.prefill, self._timeline.kind = report, kind
+        self._timeline.prefill, self._timeline.kind = deepcopy(report), kind
         if placement.pull is not None and report.pulled_tokens:
             size = report.pulled_tokens * self._placer.kv_bytes_per_token(placement.computing.worker_id)
             self._recent.moved(placement.pull.worker.worker_id, placement.computing.worker_id, size)
