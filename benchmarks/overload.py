@@ -272,7 +272,7 @@ def main() -> None:
     given = parser.parse_args()
     seconds, overload_s = (8.0, 15.0) if given.quick else (20.0, 60.0)
     # Who would wait longer than is good is refused: that is what the setting is for. A second of prompts
-    # waits at the workers besides. The KV pool is so small that all of it was used before memory is looked at.
+    # waits at the workers besides. The KV pool is so small that all of it was used before memory is read.
     flags = ("--queue-timeout-s", str(given.slo / 6), "--kv-blocks", str(KV_BLOCKS))
     with tempfile.TemporaryDirectory() as folder, run_cluster(Path(folder), *flags) as cluster:
         load = Load(cluster.base_url, *given.tokens)
