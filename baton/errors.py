@@ -114,5 +114,11 @@ class PrefillRefused(HandoffFailed):
     grpc_code = grpc.StatusCode.ABORTED
 
 
+class Misguided(HandoffFailed):
+    """The prompt's KV is there, but its answer cannot be held to its grammar."""
+
+    grpc_code = grpc.StatusCode.OUT_OF_RANGE
+
+
 class PoolTooSmall(InvalidRequest):
     """The request needs more KV blocks than the pool has in all."""

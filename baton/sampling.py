@@ -19,7 +19,8 @@ class FinishReason(Enum):
 class Sampling:
     """One choice's sampling parameters. Ranges are checked where requests come in (the router).
 
-    Stop strings are not here: text is the router's business, tokens are the engine's.
+    Stop strings are not here: text is the router's business, tokens are the engine's. `grammar` is what the
+    answer must match, in the form that `baton.grammar` gives it; empty: anything.
     """
 
     max_tokens: int
@@ -37,6 +38,7 @@ class Sampling:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
 
     @property
     def greedy(self) -> bool:

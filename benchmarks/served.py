@@ -90,16 +90,24 @@ async def stream(
     *,
     heard: Callable[[int], None] = _deaf,
     timeout_s: float = 300.0,
+    more: Mapping[str, object] | None = None,
 ) -> Streamed:
     """Send `prompt` and read exactly `tokens` tokens, one event each, over a connection of its own.
 
-    `heard` is called with the number of each token, from 0, as it comes.
+    `heard` is called with the number of each token, from 0, as it comes; `more` are further fields of the
+    request.
 
     Raises:
         RuntimeError: the server answered something else.
     """
     host, _, port = base_url.removeprefix("http://").partition(":")
-    asked = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    asked = {
+        "prompt": list(prompt),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        **(more or {}),
+    }
     body = json.dumps({**asked, "stream": True}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n"

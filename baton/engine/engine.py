@@ -295,8 +295,8 @@ class Engine:
         """End what nobody waits for any more."""
         late = self.scheduler.expired(time.monotonic())
         for choice in late:
-            if choice.work is Work.PREFILL and choice.state is State.RUNNING:
-                self.scheduler.hold(choice)  # a reader may still be reading what was announced
+            if choice.state is State.RUNNING:
+                self._drop(choice)
             else:
                 self.scheduler.release(choice)
         if late:
@@ -358,6 +358,12 @@ class Engine:
         choice.append(sampled.token_id)
         by_id = sampled.token_id in choice.sampling.stop_token_ids
         reason = self._finish_reason(choice, sampled.token_id)
+        complete = False
+        if choice.guide is not None:
+            complete = reason is not FinishReason.STOP and choice.guide.complete(choice.tokens)
+            if choice.guide.failure:
+                return self._misguided(choice, choice.guide.failure)
+            reason = FinishReason.STOP if complete else reason
         ready = None
         if choice.work is Work.PREFILL:
             ready = _newly_ready(choice, final=True) if reason is None else None
@@ -372,6 +378,7 @@ class Engine:
             sampled,
             reason,
             stopped_by_token_id=by_id and reason is FinishReason.STOP,
+            complete=complete,
             prompt_logprobs=tuple(choice.prompt_logprobs) if first else (),
             ready=ready,
             first=first,
@@ -389,6 +396,10 @@ class Engine:
             return FinishReason.LENGTH
         return None
 
+    def _misguided(self, choice: Choice, failure: str) -> Output:
+        self._drop(choice)
+        return Output(choice, error=failure, misguided=True)
+
     def _fail(self, batch: list[Scheduled], error: Exception) -> None:
         log.error("engine step failed; its %d requests end with an error", len(batch), exc_info=error)
         failed = []
@@ -398,14 +409,18 @@ class Engine:
                 self.scheduler.abandon(item)
                 if choice.state is not State.RUNNING:
                     continue  # over since the step began
-                if choice.work is Work.PREFILL:
-                    self.scheduler.hold(choice)  # a reader may still be reading what was announced
-                else:
-                    self.scheduler.release(choice)
+                self._drop(choice)
                 failed.append(Output(choice, error=repr(error)))
             self._reservations.grant()
         if failed:
             self.observer.outputs(failed)
+
+    def _drop(self, choice: Choice) -> None:
+        """End a running sequence that has failed."""
+        if choice.work is Work.PREFILL:
+            self.scheduler.hold(choice)  # a reader may still be reading what was announced
+        else:
+            self.scheduler.release(choice)
 
     def _move(self, loads: Sequence[TierLoad]) -> None:
         """Start what is to move between tiers now, and publish what has changed."""

@@ -25,12 +25,14 @@ class BlockRange:
 @dataclass(frozen=True)
 class Output:
     """What one step brought one sequence. `error` ends it without a finish reason, and so does its deadline,
-    when it has `expired`."""
+    when it has `expired`, or its guide, when it is `misguided`. When it is `complete`, nothing may follow the
+    last token; where a stop token ends it, that is no part of the answer."""
 
     choice: Choice
     sampled: Sampled | None = None
     finish_reason: FinishReason | None = None
     stopped_by_token_id: bool = False
+    complete: bool = False
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     ready: BlockRange | None = None
     first: bool = False
@@ -38,6 +40,7 @@ class Output:
     prefill_s: float = 0.0
     error: str = ""
     expired: bool = False
+    misguided: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from baton.device import Device
 from baton.engine.draw import draw, uniform
+from baton.engine.guided import forbidden, guided
 from baton.engine.logprobs import LogprobRows
 from baton.engine.sequence import Sequence as Choice
 from baton.sampling import PositionLogprobs
@@ -69,6 +70,8 @@ class Sampler:
         samplings = [choice.sampling for choice in choices]
         asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
         raw = self._some(logits, asked).log_softmax(-1) if asked else None
+        if rows := guided(choices):
+            self._forbid(logits, [choices[row] for row in rows], rows)
         for row, choice in enumerate(choices):
             if _adjusts(choice):
                 self._adjust(logits[row], choice)
@@ -96,6 +99,15 @@ class Sampler:
     def _pairs(self, items: Iterable[tuple[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, values = zip(*items, strict=True)
         return self._ids(ids), self._device.tensor(values, torch.float32)
+
+    def _forbid(self, logits: torch.Tensor, choices: Sequence[Choice], rows: Sequence[int]) -> None:
+        """Mask what the grammars of `choices`, whose rows are `rows`, do not allow."""
+        mask = forbidden(choices, logits.shape[-1], self._device)
+        if len(rows) == logits.shape[0]:
+            logits.masked_fill_(mask, -torch.inf)
+        else:
+            kept = self._some(logits, rows).masked_fill_(mask, -torch.inf)
+            logits.index_copy_(0, self._ids(rows), kept)
 
     def _adjust(self, row: torch.Tensor, choice: Choice) -> None:
         """Apply bias, penalties and the min_tokens mask to one row [vocab], in place."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Protocol
 
 from baton.kv.events import Tier
 from baton.kv.hashing import ChainHasher
@@ -28,6 +29,17 @@ class State(Enum):
     FINISHED = auto()  # owns no blocks
 
 
+class Guide(Protocol):
+    """Which tokens a sequence may take next; see `baton.grammar.guide.Guide`. `failure` is why it no longer
+    knows, or empty."""
+
+    failure: str
+
+    def complete(self, tokens: Tokens[int]) -> bool: ...
+
+    def fill(self, tokens: Tokens[int], address: int, size: int) -> None: ...
+
+
 @dataclass(eq=False)
 class Sequence:
     """A choice being generated. Owned and changed by the engine alone.
@@ -41,8 +53,8 @@ class Sequence:
     how many tokens each step up to the first new token computed, and when it ended. It is `copied` when its
     blocks were read from a worker that keeps them, and `held_back` until it may decode with the others.
     While it is `frozen` another worker is taking it over. At `deadline_s`, in the engine's time, its client
-    stops waiting. `owner` is whom outputs are for and `traceparent` the trace context of the request;
-    the engine only passes them on.
+    stops waiting. `guide` keeps its new tokens to a grammar, if it has one. `owner` is whom outputs are for
+    and `traceparent` the trace context of the request; the engine only passes them on.
 
     The `in_flight` steps that were scheduled and have not ended compute the KV of the `ahead` tokens after
     `computed` and bring `pending` new tokens. `duplicates` are blocks that such a step may still read and
@@ -82,6 +94,7 @@ class Sequence:
     tier_blocks: dict[Tier, int] = field(default_factory=dict)
     announced: int = 0
     started: bool = False
+    guide: Guide | None = None
     owner: object = None
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     output_counts: dict[int, int] = field(default_factory=dict)

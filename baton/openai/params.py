@@ -76,12 +76,14 @@ def settle(
     budget: OutputBudget,
     logprobs: int | None,
     seed: int,
+    grammar: str = "",
 ) -> Sampling:
     """The sampling of a request's first choice.
 
     Args:
         logprobs: alternatives to report for each token; None: no log-probabilities at all.
         seed: used when the request has none.
+        grammar: what `constraint_of` the request comes to.
 
     Raises:
         InvalidRequest: naming the field whose value is out of range for this model.
@@ -114,6 +116,7 @@ def settle(
         min_tokens=min_tokens,
         logprobs=logprobs,
         prompt_logprobs=fields.prompt_logprobs,
+        grammar=grammar,
     )
 
 

@@ -30,6 +30,39 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: Literal[False] = False
 
 
+class JsonSchemaFormat(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`strict` makes no difference: an answer always keeps to the schema."""
+
+    name: Name
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True, kw_only=True):
+    """OpenAI's way of asking for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Struct, forbid_unknown_fields=True, kw_only=True):
+    """vLLM's way of saying what an answer must be; at most one of the first five.
+
+    `json` is a schema, as JSON or as a string of it. There is nothing to fall back to, so `disable_fallback`
+    makes no difference.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1, max_length=4096)] | None = None
+    grammar: str | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_fallback: bool | None = None
+
+
 class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
     """How to choose tokens: the same for every interface of the router."""
 
@@ -53,6 +86,7 @@ class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_logprobs: TopLogprobs | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class RequestFields(SamplingFields, kw_only=True):
@@ -68,6 +102,13 @@ class RequestFields(SamplingFields, kw_only=True):
     request_id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     slo: Literal["interactive", "batch"] | None = None
     service_tier: Name | None = None  # flex is batch; any other is interactive
+    response_format: ResponseFormat | None = None
+    # What `structured_outputs` was called in older versions of vLLM.
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1, max_length=4096)] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class CompletionRequest(RequestFields, kw_only=True):
@@ -162,7 +203,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "prediction": _NOTHING,
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": _NOTHING,

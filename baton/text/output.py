@@ -49,15 +49,18 @@ class ChoiceText:
         logprobs: _Logprobs = (),
         finish_reason: FinishReason | None = None,
         stop_token_id: int | None = None,
+        *,
+        complete: bool = False,
     ) -> Delta:
         """What these tokens add.
 
         The delta has a finish reason when the engine gave one or a stop string is complete; then
         tokens after the one that completed it are dropped. The token that ended the choice, when
-        the engine stopped on one, is counted but not shown unless stop strings are to be included.
+        the engine stopped on one, is counted but not shown unless stop strings are to be included; where the
+        engine stopped because the answer is `complete`, there is no such token.
         """
         shown = len(token_ids)
-        if finish_reason is FinishReason.STOP and not self._include_stop:
+        if finish_reason is FinishReason.STOP and not complete and not self._include_stop:
             shown -= 1
         push_token = self._detokenizer.push
         if self._matcher is None:

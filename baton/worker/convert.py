@@ -52,6 +52,7 @@ def sampling_from(message: worker_pb2.Sampling, vocab_size: int) -> Sampling:
         min_tokens=message.min_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        grammar=message.grammar,
         **numbers,
     )
 
@@ -105,7 +106,9 @@ def output_to(key: int, output: Output) -> worker_pb2.RequestOutput:
     message = worker_pb2.RequestOutput(key=key)
     if output.error:
         kinds = worker_pb2.RequestError
-        message.error.kind = kinds.EXPIRED if output.expired else kinds.INTERNAL
+        message.error.kind = (
+            kinds.EXPIRED if output.expired else kinds.INVALID if output.misguided else kinds.INTERNAL
+        )
         message.error.message = output.error
         return message
     if output.sampled is not None:
@@ -114,6 +117,7 @@ def output_to(key: int, output: Output) -> worker_pb2.RequestOutput:
             message.logprobs.append(logprobs_to(output.sampled.logprobs))
     if output.finish_reason is not None:
         message.finish_reason = _FINISH[output.finish_reason]
+        message.complete = output.complete
     if output.stopped_by_token_id and output.sampled is not None:
         message.stopped_by_token_id = True
         message.stop_token_id = output.sampled.token_id
@@ -129,6 +133,7 @@ def first_token_to(output: Output) -> worker_pb2.FirstToken:
     message = worker_pb2.FirstToken(
         token_id=output.sampled.token_id,
         stopped_by_token_id=output.stopped_by_token_id,
+        complete=output.complete,
         prefill=report_to(output, worker_pb2.PrefillReport.REMOTE),
         prompt_logprobs=[logprobs_to(value) for value in output.prompt_logprobs],
     )
@@ -145,6 +150,7 @@ def forwarded_to(key: int, first: worker_pb2.FirstToken) -> worker_pb2.RequestOu
         key=key,
         token_ids=[first.token_id],
         finish_reason=first.finish_reason,
+        complete=first.complete,
         prefill=first.prefill,
         prompt_logprobs=first.prompt_logprobs,
     )

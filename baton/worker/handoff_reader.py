@@ -20,7 +20,7 @@ from baton.engine.engine import Engine
 from baton.engine.reservations import Reservation
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import longest_reusable
-from baton.errors import HandoffFailed, PrefillRefused
+from baton.errors import HandoffFailed, Misguided, PrefillRefused
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.worker.convert import forwarded_to, remaining_s
 from baton.worker.metrics import HANDOFF_PHASES, HANDOFFS, PREFILLS
@@ -280,8 +280,10 @@ def _broken(peer: Peer, error: grpc.aio.AioRpcError) -> HandoffFailed:
 
 def _ended(peer: Peer, code: grpc.StatusCode, details: str) -> HandoffFailed:
     """Why a handoff is over: refused, or broken."""
-    if code is grpc.StatusCode.ABORTED:
+    if code is PrefillRefused.grpc_code:
         return PrefillRefused(f"{peer}: {details}")
+    if code is Misguided.grpc_code:
+        return Misguided(details)
     return HandoffFailed(f"{peer} ended the handoff: {code.name}: {details}")
 
 

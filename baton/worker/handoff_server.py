@@ -11,7 +11,7 @@ import grpc
 
 from baton.engine.interfaces import Output
 from baton.engine.sequence import Work
-from baton.errors import BatonError, HandoffFailed, PrefillRefused, Unavailable
+from baton.errors import BatonError, HandoffFailed, Misguided, PrefillRefused, Unavailable
 from baton.kv.hashing import extend_chain
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.wire import description_to_proto
@@ -55,7 +55,7 @@ class KvService(worker_pb2_grpc.KvServicer):
                     await give(self._state, message.begin, request_iterator, context)
                 case _:
                     await self._prefill(message.begin, request_iterator, context)
-        except PrefillRefused as error:
+        except (PrefillRefused, Misguided) as error:
             await context.abort(error.grpc_code, error.message)
         except HandoffFailed as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
@@ -75,9 +75,10 @@ class KvService(worker_pb2_grpc.KvServicer):
         self._check_role()
         choice = state.choice(begin, lease, Work.PREFILL)
         choice.announced = begin.held_blocks
+        await state.guide(choice)
         if begin.HasField("pull"):
             await self._puller.pull(choice, begin.pull)
-            self._check_role()
+        self._check_role()
 
         def heed() -> None:
             if not state.takes_prompts and state.engine.withdraw(choice):
@@ -100,8 +101,11 @@ class KvService(worker_pb2_grpc.KvServicer):
         """Send the first token, then the blocks; True when nothing follows.
 
         Raises:
+            Misguided: the first token cannot be held to the grammar.
             Unavailable: the prefill failed.
         """
+        if output.misguided:
+            raise Misguided(output.error)
         if output.error:
             raise Unavailable(f"prefill failed: {output.error}")
         if output.sampled is not None:

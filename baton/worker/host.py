@@ -49,6 +49,7 @@ from baton.transfer import create_transfer
 from baton.transfer.wire import layout_to_proto
 from baton.worker.admin import ROLE_NUMBERS, AdminService, drain, end_sessions
 from baton.worker.convert import load_to
+from baton.worker.grammars import Grammars
 from baton.worker.handoff_reader import HandoffReader
 from baton.worker.handoff_server import KvService
 from baton.worker.metrics import EngineCollector, RequestMetrics, WorkerFacts
@@ -80,6 +81,7 @@ class Loaded:
     prefill_curve: dict[int, float]
     decode_curve: dict[int, float]
     tiers: TierStore | None
+    grammars: Grammars
 
 
 def load(settings: Settings, startup: Startup) -> Loaded:
@@ -95,9 +97,10 @@ def load(settings: Settings, startup: Startup) -> Loaded:
     torch.set_num_threads(chosen.threads or usable_cores())
     on_gpu = settings.model.device == "cuda"
     device = torch.device("cuda", settings.model.gpu) if on_gpu else torch.device("cpu")
+    folder = model_folder(settings.model.model)
     with startup.part("weights") as report:
         model = load_model(
-            model_folder(settings.model.model),
+            folder,
             str(device),
             settings.model.dtype,
             settings.model.max_model_len,
@@ -127,7 +130,8 @@ def load(settings: Settings, startup: Startup) -> Loaded:
     limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
     pace = Pace(chosen.itl_target_s, _curve(prefill), _curve(decode))
     tiers = _add_tiers(chosen, pool, attention.cache)
-    return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers)
+    grammars = Grammars(folder / "tokenizer.json", model.config.vocab_size, model.config.eos_token_ids)
+    return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers, grammars)
 
 
 def _add_tiers(chosen: EngineSettings, pool: BlockPool, cache: KvCache) -> TierStore | None:
@@ -226,6 +230,7 @@ class Worker:
             overlap=_overlaps(settings),
         )
         stack.callback(engine.stop)
+        stack.callback(loaded.grammars.close)
         model_name = settings.model.served_model_name or Path(settings.model.model).name
         state = WorkerState(
             worker_id=worker_id,
@@ -242,6 +247,7 @@ class Worker:
             attention_backend=loaded.attention.name,
             metrics_address=join(metrics_host, metrics_server.server_port),
             metrics=RequestMetrics(model_name),
+            grammars=loaded.grammars,
         )
         peers = Peers(worker_id, transfer, chosen.kv_verify)
         stack.push_async_callback(peers.close)

@@ -14,7 +14,7 @@ import grpc
 from baton.engine.interfaces import Output
 from baton.engine.sequence import Sequence as Choice
 from baton.engine.sequence import Work
-from baton.errors import BatonError, HandoffFailed, InvalidRequest, Overloaded, PrefillRefused
+from baton.errors import BatonError, HandoffFailed, InvalidRequest, Misguided, Overloaded, PrefillRefused
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.worker.convert import error_to, load_to, output_to
 from baton.worker.handoff_reader import HandoffReader
@@ -31,6 +31,7 @@ _MAX_UNSENT = 65_536
 
 _ERRORS: tuple[tuple[type[BatonError], worker_pb2.RequestError.Kind.ValueType], ...] = (
     (InvalidRequest, worker_pb2.RequestError.INVALID),
+    (Misguided, worker_pb2.RequestError.INVALID),
     (Overloaded, worker_pb2.RequestError.OVERLOADED),
     (PrefillRefused, worker_pb2.RequestError.PREFILL_REFUSED),
     (HandoffFailed, worker_pb2.RequestError.HANDOFF_FAILED),
@@ -193,7 +194,8 @@ class Session:
                 self._send(error_to(start.key, worker_pb2.RequestError.DRAINING, refusal))
                 return
             choice = self._state.choice(start, self, Work.GENERATE)
-            if start.prefill_address or start.HasField("pull") or start.HasField("move_from"):
+            fetches = start.prefill_address or start.HasField("pull") or start.HasField("move_from")
+            if fetches or choice.sampling.grammar:
                 self._state.engine.scheduler.require_fit(choice)
                 task = tasks.create_task(self._fetch(start, choice))
                 self._handoffs[start.key] = task
@@ -203,9 +205,11 @@ class Session:
             self._refuse(start.key, error)
 
     async def _fetch(self, start: worker_pb2.Start, choice: Choice) -> None:
-        """Bring the KV here and decode, or bring what a peer holds of it and compute the rest."""
+        """Prepare the choice's guide, then bring the KV here and decode, or bring what a peer holds of it and
+        compute the rest."""
         sources = self._sources
         try:
+            await self._state.guide(choice)
             if start.HasField("move_from"):
                 reservation, read_blocks = await sources.mover.take(start, choice)
                 report = worker_pb2.MoveReport(output_tokens=choice.output_len, read_blocks=read_blocks)
@@ -214,7 +218,8 @@ class Session:
                 self._state.engine.adopt(reservation, choice)
                 return
             if not start.prefill_address:
-                await sources.puller.pull(choice, start.pull)
+                if start.HasField("pull"):
+                    await sources.puller.pull(choice, start.pull)
                 self._submit(start.key, choice)
                 return
             transfer = await sources.reader.read(start, choice, self._send)

@@ -22,6 +22,7 @@ from baton.routing.view import Role
 from baton.rpc.v1 import worker_pb2
 from baton.transfer.base import Transfer
 from baton.worker.convert import context_from, sampling_from
+from baton.worker.grammars import Grammars
 from baton.worker.metrics import RequestMetrics
 
 
@@ -73,6 +74,7 @@ class WorkerState:
     attention_backend: str
     metrics_address: str
     metrics: RequestMetrics
+    grammars: Grammars
     draining: bool = False
     sessions: int = 0
     routers: dict[str, RouterSession] = field(default_factory=dict)
@@ -144,6 +146,15 @@ class WorkerState:
             work=work,
             owner=owner,
         )
+
+    async def guide(self, choice: Choice) -> None:
+        """Give the choice its guide, if it has a grammar; before its first token here is sampled.
+
+        Raises:
+            InvalidRequest: the grammar cannot be compiled.
+        """
+        if choice.sampling.grammar:
+            choice.guide = await self.grammars.guide(choice.sampling.grammar, choice.prompt_len)
 
     async def named(self, ready: worker_pb2.BlocksReady, begin: worker_pb2.Begin) -> worker_pb2.BlocksReady:
         """`ready`, with the digests of its blocks if the reader that sent `begin` wants to compare them."""

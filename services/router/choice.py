@@ -183,7 +183,7 @@ class Choice:
             return None
         stop_token_id = output.stop_token_id if finished and output.stopped_by_token_id else None
         logprobs = output.logprobs if self._wants_logprobs else ()
-        delta = self._text.push(tokens, logprobs, finished, stop_token_id)
+        delta = self._text.push(tokens, logprobs, finished, stop_token_id, complete=output.complete)
         self.output += tokens
         self._observe(len(tokens), first, now_s)
         if delta.finish_reason is not None:
@@ -265,4 +265,5 @@ def _sampling_message(sampling: Sampling) -> worker_pb2.Sampling:
         min_tokens=sampling.min_tokens,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        grammar=sampling.grammar,
     )

@@ -14,6 +14,7 @@ from baton.errors import BatonError
 from baton.openai.answer import Piece
 from baton.openai.params import ModelLimits, OutputBudget, settle, stops_of
 from baton.openai.schema import SamplingFields
+from baton.openai.structured import constraint_of
 from baton.security.quota import Quota
 from services.router.admission import Door
 from services.router.caller import Caller, Callers
@@ -47,6 +48,20 @@ class Frontend:
             return limits
         return replace(limits, max_model_len=held)
 
+    async def grammar(self, fields: SamplingFields) -> str:
+        """What the answer must match, in the form that workers take; empty where any answer will do.
+
+        Raises:
+            InvalidRequest: naming the field at fault.
+            Overloaded: too many others wait for the same.
+        """
+        asked = constraint_of(fields)
+        if asked is None:
+            return ""
+        constraint, field = asked
+        self.model.require_tokenizer(field)
+        return await self.model.grammars.grammar(constraint, field)
+
     def generations(
         self,
         fields: SamplingFields,
@@ -58,8 +73,10 @@ class Frontend:
         logprobs: int | None,
         request_id: str,
         cache_salt: str,
+        grammar: str,
     ) -> list[Generation]:
-        """The n choices for one prompt. Choice i is seeded with seed + i, drawn here when not given.
+        """The n choices for one prompt. Choice i is seeded with seed + i, drawn here when not given; all keep
+        to `grammar`.
 
         Raises:
             InvalidRequest: naming the field at fault.
@@ -74,6 +91,7 @@ class Frontend:
             budget=budget,
             logprobs=logprobs,
             seed=random.getrandbits(64),
+            grammar=grammar,
         )
         first = Generation(
             request_id=request_id,

@@ -115,6 +115,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             logprobs=fields.logprobs,
             request_id=request_id,
             cache_salt=request.cache_salt,
+            grammar=await self._frontend.grammar(fields),
         )
         usage = inference_pb2.Usage(prompt_tokens=len(prompt))
         writing = asyncio.Lock()  # a stream takes one message at a time
@@ -194,6 +195,8 @@ def _sampling_fields(sampling: inference_pb2.SamplingParams) -> _GrpcSampling:
     for field, value in sampling.ListFields():
         if field.name == "logit_bias":
             value = {str(token_id): bias for token_id, bias in value.items()}
+        elif field.name == "structured_outputs":
+            value = _structured_outputs(value)
         elif field.is_repeated:
             value = list(value)
         given[field.name] = value
@@ -204,6 +207,13 @@ def _sampling_fields(sampling: inference_pb2.SamplingParams) -> _GrpcSampling:
     if fields.max_tokens == 0:
         raise InvalidRequest("max_tokens: must be at least 1, got 0", field="max_tokens")
     return fields
+
+
+def _structured_outputs(asked: inference_pb2.StructuredOutputs) -> dict[str, Any]:
+    given = {field.name: value for field, value in asked.ListFields()}
+    if asked.WhichOneof("constraint") == "choice":
+        given["choice"] = list(asked.choice.texts)
+    return given
 
 
 def _response(request_id: str, index: int, piece: Piece) -> inference_pb2.GenerateResponse:

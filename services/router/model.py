@@ -12,6 +12,7 @@ from typing import Any
 
 from baton.config import ModelSettings
 from baton.errors import InvalidRequest, ModelNotFound
+from baton.grammar.check import Checker
 from baton.model_folder import CONFIG_PATTERNS, model_folder
 from baton.models.config import read_config
 from baton.openai.params import ModelLimits, check_prompt, check_prompt_length
@@ -26,12 +27,13 @@ _INLINE_CHARACTERS = 16_384
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Read once at start. `created` is when, in Unix seconds."""
+    """Read once at start. `created` is when, in Unix seconds; `grammars` is to be closed."""
 
     name: str
     limits: ModelLimits
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
+    grammars: Checker
     created: int
 
     @classmethod
@@ -50,6 +52,7 @@ class ServedModel:
             limits=ModelLimits(config.max_model_len, config.vocab_size, config.sampling),
             tokenizer=tokenizer,
             template=ChatTemplate.load(folder) if tokenizer is not None else None,
+            grammars=Checker(folder / "tokenizer.json", config.vocab_size, config.eos_token_ids),
             created=int(time.time()),
         )
 

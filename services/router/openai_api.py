@@ -101,6 +101,7 @@ class OpenAiApi:
         budget = OutputBudget("max_tokens", wanted, _COMPLETION_TOKENS)
         if request.echo and request.logprobs is not None:
             request.prompt_logprobs = max(request.logprobs, request.prompt_logprobs or 0)
+        grammar = await self._frontend.grammar(request)
         generations: list[Generation] = []
         for prompt in prompts:
             generations += self._frontend.generations(
@@ -112,6 +113,7 @@ class OpenAiApi:
                 logprobs=request.logprobs,
                 request_id=exchange.request_id,
                 cache_salt=request.cache_salt or "",
+                grammar=grammar,
             )
         return AskedCompletion(request, prompts, generations)
 
@@ -148,6 +150,7 @@ class OpenAiApi:
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             request_id=exchange.request_id,
             cache_salt=request.cache_salt or "",
+            grammar=await self._frontend.grammar(request),
         )
         return AskedChat(request, generations)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from contextlib import suppress
+from contextlib import aclosing, suppress
 
 from baton.addresses import join
 from baton.config import Settings
@@ -122,7 +122,7 @@ class Router:
         ):
             self.http_port = listener.getsockname()[1]
             self.metrics_port = own_listener.getsockname()[1]
-            async with Server(public, share_ports=share) as server:
+            async with aclosing(self.model.grammars), Server(public, share_ports=share) as server:
                 server.add(
                     inference_pb2_grpc.add_InferenceServicer_to_server,
                     InferenceService(self.frontend, self._access),

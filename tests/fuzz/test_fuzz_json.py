@@ -9,6 +9,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from baton.errors import InvalidRequest
+from baton.grammar.constraint import Constraint
 from baton.models.config import SamplingDefaults
 from baton.openai.answer import error_shape
 from baton.openai.params import ModelLimits, OutputBudget, settle, stops_of
@@ -22,6 +23,7 @@ from baton.openai.schema import (
     SamplingFields,
     TokenizeRequest,
 )
+from baton.openai.structured import constraint_of
 from baton.security.keys import BadKeyFile, new_key, parse_keys
 from tests.fuzz.explore import explore
 from tests.fuzz.mutations import mutated
@@ -40,6 +42,18 @@ BODIES = [
         {"prompt": "Hi", **FULL},
         {"prompt": ["a", [1, 2], 3], "echo": True, "logprobs": 3, "user": "u", "best_of": 2},
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}], **FULL},
+        {
+            "messages": [USER],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}},
+        },
+        {
+            "prompt": "a",
+            "response_format": {"type": "json_object"},
+            "guided_json": {},
+            "guided_choice": ["a"],
+        },
+        {"prompt": "a", "structured_outputs": {"json": {"type": "null"}, "disable_any_whitespace": True}},
+        {"prompt": "a", "structured_outputs": {"regex": "[a-c]+", "whitespace_pattern": " ?"}, "n": 2},
         {"messages": [USER], "chat_template_kwargs": {"a": {"b": [1, 2.5, None]}}, "metadata": {"a": {}}},
         {"prompt": "Hi", "return_token_strs": True},
         {"tokens": [1, 2, 3]},
@@ -62,6 +76,10 @@ def take(body: bytes) -> None:
             if isinstance(request, SamplingFields):
                 stops = stops_of(request)
                 assert all(stops)
+                if asked := constraint_of(request):
+                    constraint, field = asked
+                    assert Constraint.from_line(constraint.to_line(7)) == (7, constraint)
+                    assert field
                 budget = OutputBudget("max_tokens", request.max_tokens, 16)
                 sampling = settle(request, LIMITS, prompt_tokens=9, budget=budget, logprobs=None, seed=1)
                 assert 1 <= sampling.max_tokens <= 4096 - 9

@@ -29,8 +29,9 @@ Kind = TypeVar("Kind", bound=Message)
 Event = kvstore_pb2.IndexEvent
 ID = bytes(range(16))
 SAMPLING = worker_pb2.Sampling(
-    max_tokens=5, temperature=0.5, top_p=0.5, top_k=3, seed=7, logit_bias={5: 1.0}, stop_token_ids=[3]
-)
+    max_tokens=5, temperature=0.5, top_p=0.5, top_k=3, seed=7, logit_bias={5: 1.0}, stop_token_ids=[3],
+    grammar="{}",
+)  # fmt: skip
 START = worker_pb2.Start(key=1, request_id="r", prompt_token_ids=[1, 2, 3], sampling=SAMPLING)
 POINTS = [kvstore_pb2.CurvePoint(size=size, seconds=size / 1000) for size in (1, 16, 256)]
 WORKER = kvstore_pb2.Worker(
@@ -50,7 +51,10 @@ DESCRIPTION = worker_pb2.ConnectResponse(
     incarnation="one", agent_name="a/one", agent_metadata=b"m", total_blocks=4, pool_address=2**40,
     memory_type="DRAM", transport="nixl", layout=worker_pb2.KvLayout(block_size=16, block_bytes=64),
 )  # fmt: skip
-PUBLIC = inference_pb2.SamplingParams(max_tokens=5, temperature=0.5, logit_bias={5: 1.0}, stop=["a"], n=2)
+PUBLIC = inference_pb2.SamplingParams(
+    max_tokens=5, temperature=0.5, logit_bias={5: 1.0}, stop=["a"], n=2,
+    structured_outputs=inference_pb2.StructuredOutputs(choice=inference_pb2.Alternatives(texts=["a", "b"])),
+)  # fmt: skip
 
 
 def messages(seed: Kind) -> st.SearchStrategy[Kind]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence as TokenIds
+
 import torch
 
 from baton.device import device_of
@@ -36,9 +39,9 @@ def choices(count: int) -> list[Sequence]:
     ]
 
 
-def sample(logits: torch.Tensor) -> list[Sampled]:
+def sample(logits: torch.Tensor, asking: list[Sequence] | None = None) -> list[Sampled]:
     device = device_of(logits.device)
-    rows = Sampler([2], device).sample(logits.clone(), choices(logits.shape[0]))
+    rows = Sampler([2], device).sample(logits.clone(), asking or choices(logits.shape[0]))
     return rows.read(device.download(rows.tensors).wait())
 
 
@@ -53,8 +56,37 @@ def test_tokens_are_the_cpus() -> None:
             assert ours.logprobs.chosen.rank == theirs.logprobs.chosen.rank
 
 
+class EveryThird:
+    """Allows every third token."""
+
+    failure = ""
+
+    def complete(self, tokens: TokenIds[int]) -> bool:
+        return False
+
+    def fill(self, tokens: TokenIds[int], address: int, size: int) -> None:
+        bits = bytearray(size)
+        for token in range(0, VOCAB, 3):
+            bits[token // 8] |= 1 << token % 8
+        ctypes.memmove(address, bytes(bits), size)
+
+
+def test_guided_rows_are_the_cpus_too() -> None:
+    logits = torch.randn(35, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
+    on_both = []
+    for device in ("cpu", "cuda"):
+        asking = choices(35)
+        for choice in asking[::2]:
+            choice.guide = EveryThird()
+        on_both.append([one.token_id for one in sample(logits.to(device), asking)])
+    assert on_both[0] == on_both[1]
+    assert all(token % 3 == 0 for token in on_both[0][::2])
+    assert any(token % 3 for token in on_both[0][1::2])
+
+
 def test_nothing_waits_for_the_device() -> None:
     logits, asking = torch.randn(35, VOCAB, device="cuda"), choices(35)
+    asking[3].guide = EveryThird()
     sampler, device = Sampler([2], device_of(logits.device)), device_of(logits.device)
     sampler.sample(logits, asking)  # compiles
     before = torch.cuda.get_sync_debug_mode()

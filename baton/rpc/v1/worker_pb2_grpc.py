@@ -137,7 +137,8 @@ class KvServicer:
 
         Errors: FAILED_PRECONDITION wrong incarnation or model, or the request to be moved does not decode
         here; ABORTED the worker takes no prompts: it drains or has another role; RESOURCE_EXHAUSTED queue
-        full or prompt larger than the pool; INVALID_ARGUMENT; UNAVAILABLE the prefill failed.
+        full or prompt larger than the pool; INVALID_ARGUMENT; OUT_OF_RANGE the first token cannot be held to
+        the grammar; UNAVAILABLE the prefill failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,6 +191,52 @@ def test_end_of_sequence_and_stop_tokens(overlap) -> None:
             1: FinishReason.STOP,
             2: FinishReason.LENGTH,
         }
+
+
+class CountingGuide:
+    """Allows everything, until the answer is complete with so many tokens, or can be followed no more."""
+
+    failure = ""
+
+    def __init__(self, most: int, failure: str = "") -> None:
+        self._most, self._failure = most, failure
+
+    def complete(self, tokens: Sequence[int]) -> bool:
+        if len(tokens) >= self._most:
+            self.failure = self._failure
+        return len(tokens) >= self._most and not self.failure
+
+    def fill(self, tokens: Sequence[int], address: int, size: int) -> None: ...
+
+
+def test_a_guide_ends_its_request_and_no_other(overlap) -> None:
+    prompt = [1, 2, 3]
+    with Running(overlap=overlap) as running:
+        whole, lost, prefilled = (
+            choice(0, prompt, 9),
+            choice(1, prompt, 9),
+            choice(2, prompt, 9, Work.PREFILL),
+        )
+        whole.guide, lost.guide, prefilled.guide = (
+            CountingGuide(7), CountingGuide(5, "too hard"), CountingGuide(4, "too hard")
+        )  # fmt: skip
+        for one in (whole, lost, prefilled, choice(3, prompt, 9)):
+            running.engine.submit(one)
+        running.collector.wait(lambda: len(running.collector.finished) == 4)
+        assert running.collector.finished == {
+            0: FinishReason.STOP,
+            1: None,
+            2: None,
+            3: FinishReason.LENGTH,
+        }
+        assert running.collector.tokens == {
+            0: expected(prompt, 4),
+            1: expected(prompt, 1),
+            3: expected(prompt, 9),
+        }
+        assert running.collector.errors == {1: "too hard", 2: "too hard"}
+        running.engine.cancel(prefilled)
+        assert running.pool.pinned == 0
 
 
 def test_a_failing_step_ends_its_requests_and_no_others(overlap) -> None:

@@ -17,6 +17,7 @@ from tests.unit.router.fakes import FakeWorker, RunningRouter
 
 Request = inference_pb2.GenerateRequest
 Sampling = inference_pb2.SamplingParams
+Outputs = inference_pb2.StructuredOutputs
 
 
 @pytest.fixture
@@ -63,6 +64,21 @@ async def test_every_option_is_understood(
     assert dict(worker.starts[0].sampling.logit_bias) == {9: 1.5}
 
 
+async def test_what_the_answer_must_be_travels_as_a_grammar(
+    inference: inference_pb2_grpc.InferenceStub, worker: FakeWorker
+) -> None:
+    both = inference_pb2.Alternatives(texts=["yes", "no"])
+    asked = (Outputs(regex="[ab]{3}"), Outputs(choice=both), Outputs(json_object=False), None)
+    for outputs in asked:
+        sampling = Sampling(max_tokens=1, structured_outputs=outputs)
+        async for _ in inference.Generate(Request(text="a", sampling=sampling), timeout=60):
+            pass
+    regex, choice, *none = [start.sampling.grammar for start in worker.starts]
+    assert "[ab]{3}" in regex
+    assert "yes" in choice
+    assert none == ["", ""]
+
+
 async def test_models_and_tokens(inference: inference_pb2_grpc.InferenceStub, worker: FakeWorker) -> None:
     models = (await inference.ListModels(inference_pb2.ListModelsRequest(), timeout=60)).models
     assert [(model.id, model.max_model_len) for model in models] == [("baton-small", 16384)]
@@ -106,6 +122,10 @@ async def test_models_and_tokens(inference: inference_pb2_grpc.InferenceStub, wo
                 "stop": Sampling(stop=[""]),
                 "stop_token_ids": Sampling(stop_token_ids=[5000]),
                 "min_tokens": Sampling(min_tokens=99_999),
+                "structured_outputs.json": Sampling(structured_outputs=Outputs(json='{"type": 5}')),
+                "structured_outputs.choice": Sampling(
+                    structured_outputs=Outputs(choice=inference_pb2.Alternatives())
+                ),
             }.items()
         ),
     ],

@@ -201,6 +201,13 @@ def test_a_stop_token_is_shown_only_when_stops_are_included(include: bool, shown
     assert (first + delta.text, delta.stop_reason, list(delta.token_ids)) == (shown, last[0], last)
 
 
+def test_the_last_token_of_a_complete_answer_is_shown() -> None:
+    text = choice_text(["x"])
+    shown = text.push(letters("a")).text
+    delta = text.push(letters("b"), finish_reason=FinishReason.STOP, complete=True)
+    assert (shown + delta.text, delta.stop_reason) == ("ab", None)
+
+
 def test_what_was_held_back_is_shown_at_the_end() -> None:
     text = choice_text(["abc"])
     assert text.push(letters("ab")).text == ""
