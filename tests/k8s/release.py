@@ -205,7 +205,11 @@ def _values(more: Sequence[str]) -> list[str]:
         words += ["--set-string", f"{component}.image.repository={repository},{component}.image.tag={tag}"]
     if MORE_VALUES:
         words += ["--values", MORE_VALUES]
-    return [*words, *(word for value in more for word in ("--set", value))]
+    for value in more:
+        # --set makes text of a number that has a fraction.
+        fraction = re.fullmatch(r"[^=]+=\d+\.\d+", value)
+        words += ["--set-json" if fraction else "--set", value]
+    return words
 
 
 def program(name: str) -> str:
