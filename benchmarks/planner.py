@@ -4,7 +4,8 @@
 
 - Plans: the fewest GPUs for Azure's traces (github.com/Azure/AzurePublicDataset, AzureLLMInferenceTrace_code
   and _conv) by DistServe's measurements of OPT-13B on A100, on one GPU or two. How far the prediction is
-  from the simulator; with --brute-force every fleet with fewer GPUs is simulated: would one do?
+  from the simulator; with --brute-force every fleet with a GPU or two fewer is simulated: would one do? If
+  one of still fewer did, one of these would, which has its workers and some more.
 - Day: 24 hours of --hour-s seconds each, with a burst of five times the load and, at noon, a shift from long
   prompts to long answers, on a budget of 8 GPUs: every fixed ratio, the planner without flips (workers go and
   others take --start-s to come), and the planner.
@@ -39,7 +40,8 @@ from baton.sim.cluster import SimCluster
 from baton.sim.simulator import SimReport, simulate
 from baton.sim.workload import SimRequest, from_trace
 
-OPT = Hardware(gpu_bytes=80e9, weight_bytes=26e9, kv_bytes_per_token=819_200)
+OPT = Hardware(gpu_bytes=80e9, weight_bytes=26e9, kv_bytes_per_token=819_200, block_tokens=64)
+LIKE = SimCluster((), block_tokens=OPT.block_tokens, kv_bytes_per_token=OPT.kv_bytes_per_token)
 TARGETS = Targets(1.0, 0.1)
 GOOD = 0.9
 BUDGET = 8
@@ -69,9 +71,8 @@ def plans(name: str, path: Path | None, arguments: argparse.Namespace) -> list[F
     rows = read_trace(path, "azure")[: arguments.requests]
     requests = list(from_trace(rows, OPT.block_tokens))
     offers = [offer_of(f"distserve:opt-13b:{degree}", OPT) for degree in (1, 2)]
-    like = SimCluster((), kv_bytes_per_token=OPT.kv_bytes_per_token)
     goal = Goal(TARGETS, GOOD)
-    plan = find_plan(offers, requests, like, goal)
+    plan = find_plan(offers, requests, LIKE, goal)
     table = Table(
         *("fleet", "GPUs", "ratio", "predicted", "simulated"),
         title=f"{path.name}, {len(rows)} requests at {len(rows) / rows[-1].arrival_s:.1f}/s, OPT-13B",
@@ -96,30 +97,29 @@ def plans(name: str, path: Path | None, arguments: argparse.Namespace) -> list[F
     if arguments.brute_force:
         smaller = _smaller(offers, chosen.fleet.gpus)
         done = {str(tried.fleet) for tried in plan.rejected}
-        met = [
-            fleet
-            for fleet in smaller
-            if str(fleet) not in done and _attainment(fleet, like, requests) >= GOOD
-        ]
-        CONSOLE.print(f"{len(smaller)} fleets with fewer GPUs, of which {len(met)} would do: {met or ''}")
+        met = [fleet for fleet in smaller if str(fleet) not in done and _attainment(fleet, requests) >= GOOD]
+        CONSOLE.print(
+            f"{len(smaller)} fleets with a few GPUs fewer, of which {len(met)} would do: {met or ''}"
+        )
         figures.append(Figure(f"plan_{name}_smaller_fleets_that_do", len(met), "fleets", "0", not met))
     return figures
 
 
 def _smaller(offers: Sequence[Offer], gpus: int) -> list[Fleet]:
-    """Every fleet of both roles with fewer GPUs."""
+    """Every fleet of both roles with fewer GPUs, but for those to which a worker may be added."""
+    most = max(offer.gpus for offer in offers)
     return [
         fleet
         for prefill in offers
         for decode in offers
         for prefills in range(1, gpus)
         for decoders in range(1, gpus)
-        if (fleet := Fleet(prefill, prefills, decode, decoders)).gpus < gpus
+        if gpus - most <= (fleet := Fleet(prefill, prefills, decode, decoders)).gpus < gpus
     ]
 
 
-def _attainment(fleet: Fleet, like: SimCluster, requests: Sequence[SimRequest]) -> float:
-    return simulate(fleet.cluster(like), requests, TARGETS).summary.attainment or 0.0
+def _attainment(fleet: Fleet, requests: Sequence[SimRequest]) -> float:
+    return simulate(fleet.cluster(LIKE), requests, TARGETS).summary.attainment or 0.0
 
 
 # ---- a day ----------------------------------------------------------------------------------------
@@ -176,11 +176,10 @@ class DayRun:
 def days(arguments: argparse.Namespace) -> list[Figure]:
     """The day on every fixed ratio, with scaling alone, and with flips."""
     offer = offer_of("distserve:opt-13b:1", OPT)
-    like = SimCluster((), kv_bytes_per_token=OPT.kv_bytes_per_token)
     requests = list(from_trace(day(arguments.hour_s), OPT.block_tokens))
 
     def fixed(prefills: int) -> SimCluster:
-        return Fleet(offer, prefills, offer, BUDGET - prefills).cluster(like)
+        return Fleet(offer, prefills, offer, BUDGET - prefills).cluster(LIKE)
 
     def planned(name: str, aims: Aims) -> DayRun:
         new = {role: offer.as_role(role) for role in (Role.PREFILL, Role.DECODE)}

@@ -48,7 +48,7 @@ def main() -> None:
         for load in distserve_loads(arguments):
             figures += distserve(*load, degrees, arguments.halvings, best=1 if arguments.quick else 4)
     if "mooncake" in arguments.part:
-        prefills = (8, 12) if arguments.quick else (6, 8, 10, 12, 13)
+        prefills = (4, 8) if arguments.quick else (2, 3, 4, 6, 8)
         searched = prefills, arguments.requests, arguments.halvings
         figures += mooncake("conversation", arguments.conversation, "+59 % to +498 %", *searched)
         figures += mooncake("synthetic", arguments.synthetic, "+40 %", *searched)

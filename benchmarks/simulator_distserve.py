@@ -4,14 +4,15 @@ The targets are the paper's, 200 ms to the first token and 100 ms per token afte
 
 Every division of `GPUS` into prefill and decode workers of several tensor parallelisms is ranked by
 `baton.planning`'s fluid model, and the best are simulated. Beside them are whole workers, as many as fit:
-with prompts in chunks beside decodes, and as the paper's baseline had it, prompts first and decodes waiting.
+with prompts in chunks beside decodes, and as the paper's baseline had it, prompts first and decodes waiting,
+each with steps of `STEPS` tokens. Workers of one role take steps as long as they choose by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from random import Random
 
@@ -23,7 +24,7 @@ from baton.bench.summary import Targets
 from baton.bench.trace import TraceRow
 from baton.engine.scheduler import Scheduler
 from baton.planning.fleet import Fleet, Offer
-from baton.planning.fluid import attained, decode, prefill
+from baton.planning.fluid import attained, serve
 from baton.planning.offers import Hardware, offer_of
 from baton.routing import Role
 from baton.sim.cluster import SimCluster
@@ -38,12 +39,11 @@ OPT = Hardware(
     gpu_bytes=80e9,
     weight_bytes=26e9,
     kv_bytes_per_token=819_200,  # 40 layers, keys and values, 5120 wide, 2 bytes
+    block_tokens=64,
     network_bytes_per_s=100e9,
 )
-BASELINES: dict[str, tuple[type[Scheduler], tuple[int, ...]]] = {
-    "prompts first": (PrefillFirst, (2048,)),
-    "chunks": (Scheduler, (512, 1024)),
-}
+STEPS = (1024, 2048)
+BASELINES: dict[str, type[Scheduler]] = {"prompts first": PrefillFirst, "chunks": Scheduler}
 
 
 def distserve(
@@ -51,15 +51,13 @@ def distserve(
 ) -> list[Figure]:
     """Goodput per GPU, colocated and disaggregated; of the divisions the `best` are simulated."""
     offers = {degree: offer_of(f"distserve:opt-13b:{degree}", OPT) for degree in degrees}
-    like = SimCluster((), kv_bytes_per_token=OPT.kv_bytes_per_token)
+    like = SimCluster((), block_tokens=OPT.block_tokens, kv_bytes_per_token=OPT.kv_bytes_per_token)
     layouts: list[tuple[str, str, SimCluster]] = []
-    for (kind, (scheduler, budgets)), degree in product(BASELINES.items(), degrees):
-        for budget in budgets:
-            worker = replace(
-                offers[degree].as_role(Role.HYBRID), max_batch_tokens=budget, scheduler=scheduler
-            )
-            words = f"{GPUS // degree} whole TP{degree}, {kind}, {budget} tokens a step"
-            layouts.append((kind, words, replace(like, workers=(worker,) * (GPUS // degree))))
+    for (kind, scheduler), degree, tokens in product(BASELINES.items(), degrees, STEPS):
+        whole = offers[degree].as_role(Role.HYBRID)
+        worker = replace(whole, max_batch_tokens=tokens, scheduler=scheduler)
+        words = f"{GPUS // degree} whole TP{degree}, {kind}, {tokens} tokens a step"
+        layouts.append((kind, words, replace(like, workers=(worker,) * (GPUS // degree))))
     guessed = {
         fleet: [_guess(fleet, rows, like, targets) for targets in TARGETS.values()]
         for fleet in _fleets(offers)
@@ -75,8 +73,9 @@ def distserve(
     goodput: dict[tuple[str, str], float] = {}
     for kind, words, cluster in layouts:
         rates = []
-        for tpot, targets in TARGETS.items():
-            rates.append(highest(partial(_good, cluster, rows, targets), 0.1, halvings))
+        shares = cache(partial(_shares, cluster, rows))
+        for tpot in TARGETS:
+            rates.append(highest(partial(_good, shares, tpot), 1.6, halvings))
             goodput[kind, tpot] = max(goodput.get((kind, tpot), 0.0), rates[-1])
         table.add_row(words, *(f"{rate:.2f}" for rate in rates))
     CONSOLE.print(table)
@@ -114,16 +113,19 @@ def _guess(fleet: Fleet, rows: Sequence[TraceRow], like: SimCluster, targets: Ta
 
     def good(rate: float) -> bool:
         requests = list(from_trace(_arriving(rows, rate), like.block_tokens))
-        prompts = prefill(fleet.prefill, fleet.prefills, requests, like.router_s)
-        tpots = decode(fleet, prompts, like.block_tokens, like.kv_bytes_per_token)
-        return attained(prompts, tpots, targets).attainment >= GOOD
+        return attained(*serve(fleet, requests, like), targets).attainment >= GOOD
 
-    return highest(good, 0.1, 4)
+    return highest(good, 1.6, 4)
 
 
-def _good(cluster: SimCluster, rows: Sequence[TraceRow], targets: Targets, rate: float) -> bool:
-    report = simulate(cluster, from_trace(_arriving(rows, rate), cluster.block_tokens), targets)
-    return (report.summary.attainment or 0.0) >= GOOD
+def _good(shares: Callable[[float], dict[str, float]], tpot: str, rate: float) -> bool:
+    return shares(rate)[tpot] >= GOOD
+
+
+def _shares(cluster: SimCluster, rows: Sequence[TraceRow], rate: float) -> dict[str, float]:
+    """The share of the requests that meets each of `TARGETS`."""
+    records = simulate(cluster, from_trace(_arriving(rows, rate), cluster.block_tokens)).records
+    return {tpot: sum(map(targets.met_by, records)) / len(records) for tpot, targets in TARGETS.items()}
 
 
 def _arriving(rows: Sequence[TraceRow], rate: float) -> Iterator[TraceRow]:

@@ -107,7 +107,7 @@ def _capacity(cluster: SimCluster, rows: Sequence[Row], halvings: int) -> tuple[
         found.append(report)
         return True
 
-    speed = highest(good, 0.125, halvings)
+    speed = highest(good, 0.5, halvings)
     span_s = max(1e-9, rows[-1].arrival_s)
     return len(rows) / span_s * speed, found[-1] if found else None
 

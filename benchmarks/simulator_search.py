@@ -25,12 +25,16 @@ class Figure:
     peer: str = ""
 
 
-def highest(good: Callable[[float], bool], low: float, steps: int) -> float:
-    """The highest value that is good: doubled from `low`, then narrowed by halves; 0 when `low` is not."""
-    if not good(low):
-        return 0.0
+def highest(good: Callable[[float], bool], guess: float, steps: int) -> float:
+    """The highest value that is good: doubled or halved from `guess`, then narrowed by halves; 0 when a 16th
+    of `guess` is not."""
+    low = guess
+    while not good(low):
+        low /= 2
+        if low < guess / 16:
+            return 0.0
     high = 2 * low
-    while good(high):
+    while low >= guess and good(high):  # twice what is less than the guess is known to be too much
         low, high = high, 2 * high
     for _ in range(steps):
         middle = (low + high) / 2

@@ -52,7 +52,7 @@ _COLUMNS = ("prefill", "decode", "ratio", "GPUs", "predicted", "simulated", "TTF
 def plan(**given: Any) -> None:
     """The fewest GPUs, and the prefill : decode ratio, that serve a workload in time.
 
-    Every split of ever more GPUs is predicted by two queues in milliseconds, and those that may do are
+    Every split of ever more GPUs is predicted by queues in milliseconds, and those that may do are
     simulated, until one does. The load is given as to `baton bench`: made-up lengths at --request-rate, or a
     --trace.
     """

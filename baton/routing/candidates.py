@@ -187,9 +187,14 @@ def _local(
                 continue
             reason = "faster here"
             prefill, breached_s = beside_decoding(side.worker, request, prefill)
-            disturbs_s = max(breached_s, _CAUTION_S, _CAUTION * prefill.work_s)
+            disturbs_s = max(breached_s, least_disturbance_s(prefill.work_s))
         found.append(_offer(request, side, prefill, 0.0, disturbs_s, reason))
     return found
+
+
+def least_disturbance_s(work_s: float) -> float:
+    """What a prefill of so many seconds beside decoding requests weighs at least."""
+    return max(_CAUTION_S, _CAUTION * work_s)
 
 
 def _offer(

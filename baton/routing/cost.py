@@ -21,7 +21,7 @@ HANDOFF_S = 0.001
 _SOURCES = 3
 """Workers considered to pull from: those that hold the most. Those that hold less save less."""
 
-_PAUSE = 4.0
+PAUSE = 4.0
 """How much more a wait in the middle of an answer counts than one before it."""
 
 _FORESEEN_STEPS = 64
@@ -165,7 +165,7 @@ def beside_decoding(worker: WorkerView, request: Request, prefill: PrefillCost) 
 
     A worker that can keep to its ITL target meanwhile computes the prompt in smaller steps and disturbs
     nobody beyond what was agreed to. Any other breaks off: a pause in the middle of answers is noticed more
-    than the same wait before one, so it counts `_PAUSE` times; also for the requests whose prompts are being
+    than the same wait before one, so it counts `PAUSE` times; also for the requests whose prompts are being
     prefilled elsewhere and that come meanwhile.
     """
     pace = Pace(worker.itl_target_s, worker.prefill_curve, worker.decode_curve, log(worker.step_factor))
@@ -173,7 +173,7 @@ def beside_decoding(worker: WorkerView, request: Request, prefill: PrefillCost) 
     if paced_s is None:
         # Somebody will decode there meanwhile, where that is to take no longer than the target.
         others = max(worker.running + worker.waiting, 1 if worker.itl_target_s else 0)
-        return prefill, _PAUSE * others * prefill.compute_s
+        return prefill, PAUSE * others * prefill.compute_s
     return prefill._replace(compute_s=max(paced_s, prefill.compute_s)), 0.0
 
 
