@@ -27,7 +27,7 @@ _PROGRAM = (sys.executable, "-m", "baton.grammar.checker")
 _TOO_MUCH = (signal.SIGXCPU, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 _MAX_WAITING = 32
 _PATIENCE_S = 30.0  # the process has a limit of its own, in seconds of computing
-_MAX_ANSWER_BYTES = 16 * MAX_CHARACTERS
+_MAX_ANSWER_BYTES = 64 * MAX_CHARACTERS  # a character outside the alphabet is escaped three times over
 _MAX_KEPT_CHARACTERS = 8 * 2**20
 
 

@@ -75,6 +75,12 @@ async def test_the_longest_chain_of_references_is_compiled_by_routers_and_worker
         grammars.close()
 
 
+async def test_a_long_choice_of_strange_characters_comes_back_whole(checker: Checker) -> None:
+    texts = [chr(0x1F600 + at % 64) * 100 + str(at) for at in range(600)]
+    text = json.dumps(texts, ensure_ascii=False)
+    assert await checker.grammar(Constraint(Kind.CHOICE, text), "here")
+
+
 async def test_whoever_leaves_costs_nobody_an_answer(checker: Checker) -> None:
     asked = [checker.grammar(Constraint(Kind.REGEX, f"a{{{n}}}"), "here") for n in range(1, 6)]
     tasks = [asyncio.ensure_future(one) for one in asked]
