@@ -171,8 +171,12 @@ def test_neither_a_handoff_nor_neighbours_change_an_answer(up: Cluster, start_cl
         assert answer.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
-def test_a_killed_worker_changes_no_token(up: Cluster, victim: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("decode-0", signal.SIGKILL), ("prefill-0", signal.SIGKILL), ("decode-1", signal.SIGTERM)],
+    ids=["killed", "killed-prefill", "drained"],
+)
+def test_a_worker_that_goes_changes_no_token(up: Cluster, victim: str, number: signal.Signals) -> None:
     asked: list[Body] = [
         {"prompt": "x = ", "max_tokens": 400, "structured_outputs": LONG, **sampling}
         for sampling in (
@@ -185,7 +189,7 @@ def test_a_killed_worker_changes_no_token(up: Cluster, victim: str) -> None:
     undisturbed = asyncio.run(streams(up, asked))
 
     async def kill() -> None:
-        os.kill(up.pids()[victim], signal.SIGKILL)
+        os.kill(up.pids()[victim], number)
 
     assert asyncio.run(streams(up, asked, kill)) == undisturbed
     for answer in (choice for one in undisturbed for choice in one.choices.values()):
