@@ -45,7 +45,9 @@ class ModelSettings:
     model: str = setting(_bundled_model(), "model folder in Hugging Face layout, or a Hugging Face id")
     served_model_name: str = setting("", "name clients use for the model [the last part of --model]")
     device: Device = setting("cpu", "where tensors live: cpu or cuda")
-    gpu: int = setting(0, "which GPU a worker on cuda uses, by index", minimum=0)
+    gpu: int = setting(
+        0, "which GPU a worker on cuda uses, by index; the first of --tensor-parallel", minimum=0
+    )
     dtype: Dtype = setting("auto", "of weights and KV; auto is float32 on cpu, the checkpoint's on cuda")
     max_model_len: int = setting(
         0, "tokens of prompt and output together [0: what the model allows]", minimum=0
@@ -54,8 +56,11 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How a worker batches and how much KV it keeps."""
+    """How a worker batches, how much KV it keeps, and on how many devices."""
 
+    tensor_parallel: int = setting(
+        1, "devices that a worker spreads the model and its KV over, all of one machine", minimum=1
+    )
     block_size: int = setting(
         0, "tokens per KV block, a power of two [0: what the backend prefers, 16 on cpu]", minimum=0
     )
@@ -65,8 +70,8 @@ class EngineSettings:
     kv_blocks: int = setting(0, "KV blocks in the pool [0: from --kv-bytes]", minimum=0)
     kv_bytes: int = setting(
         0,
-        "bytes of KV pool [0: on cpu 1 GiB or what one longest context takes, if an eighth of the free "
-        "memory is that much; on cuda what --gpu-memory-utilization leaves]",
+        "bytes of KV pool on each device of a worker [0: on cpu 1 GiB or what one longest context takes, if "
+        "an eighth of the free memory is that much; on cuda what --gpu-memory-utilization leaves]",
         minimum=0,
     )
     kv_host_bytes: int = setting(

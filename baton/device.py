@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,12 +47,25 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def beside(self) -> AbstractContextManager[object]:
+        """While it is entered, what this thread asks of the device runs beside what others ask of it; leaving
+        waits for that."""
+
+    @abstractmethod
     def current(self) -> AbstractContextManager[object]:
         """While it is entered, this thread uses the device."""
 
 
 def device_of(torch_device: torch.device) -> Device:
     return CudaDevice(torch_device) if torch_device.type == "cuda" else HostDevice(torch_device)
+
+
+def devices_from(first: torch.device, count: int) -> list[torch.device]:
+    """`first` and the GPUs that follow it, `count` in all; of the CPU, it alone so many times."""
+    if first.type != "cuda":
+        return [first] * count
+    start = first.index or 0
+    return [torch.device("cuda", start + number) for number in range(count)]
 
 
 class HostDevice(Device):
@@ -76,6 +89,9 @@ class HostDevice(Device):
     def graph(self, compute: Callable[[], None]) -> Callable[[], None]:
         compute()
         return compute
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -127,6 +143,15 @@ class CudaDevice(Device):
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 compute()
         return graph.replay
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()
 
     def current(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.torch_device)

@@ -63,15 +63,20 @@ class FixedRows(ABC):
         """As `AttentionBackend.begin`. Rows that the batch leaves over write to a block outside the pool."""
 
 
-class AttentionBackend(ABC):
-    """Writes the step's keys and values into the pool and attends over what the pool holds.
-
-    `begin` is called once per step before the layers run; everything that does not depend on the
-    layer is computed there.
-    """
+class Attention(ABC):
+    """What a step's attention is prepared with, and the KV it works on: a backend, or one per device."""
 
     name: str
-    cache: KvCache
+
+    @property
+    @abstractmethod
+    def layout(self) -> KvLayout:
+        """Of whole blocks, with all heads."""
+
+    @property
+    @abstractmethod
+    def caches(self) -> Sequence[KvCache]:
+        """The pools, one per device; they have as many blocks."""
 
     @abstractmethod
     def begin(self, batch: AttentionBatch) -> None:
@@ -81,6 +86,24 @@ class AttentionBackend(ABC):
         """Room for steps of up to `rows` sequences of up to `longest_context` tokens; None where the backend
         cannot describe a step in tensors that stay."""
         return None
+
+
+class AttentionBackend(Attention):
+    """Writes the step's keys and values into the pool and attends over what the pool holds.
+
+    `begin` is called once per step before the layers run; everything that does not depend on the
+    layer is computed there.
+    """
+
+    cache: KvCache
+
+    @property
+    def layout(self) -> KvLayout:
+        return self.cache.layout
+
+    @property
+    def caches(self) -> Sequence[KvCache]:
+        return (self.cache,)
 
     @abstractmethod
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

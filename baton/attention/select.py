@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from baton.attention import flash, flashinfer, native, tiled
-from baton.attention.base import AttentionBackend, AttentionSpec
+from baton.attention.base import Attention, AttentionBackend, AttentionSpec
 from baton.attention.paged import PagedKvCache
+from baton.attention.sharded import ShardedAttention
 from baton.config import AttentionName, BadSetting
 from baton.device import device_of
 from baton.errors import UnsupportedModel
 from baton.kv.hashing import KvLayout
+from baton.models.base import Model
 
 
 def preferred_block_size(
@@ -83,6 +85,27 @@ def create_backend(
     if name == "native":
         return native.NativeAttention(specs, cache)
     return tiled.TiledAttention(specs, cache)
+
+
+def create_attention(
+    model: Model, total_blocks: int, block_size: int, wanted: AttentionName = "auto"
+) -> Attention:
+    """The backend of `create_backend` for a model, or one on each device that it is spread over."""
+    backends = []
+    for shard in model.shards:
+        with device_of(shard.device).current():
+            backends.append(
+                create_backend(
+                    *(shard.device, model.dtype, shard.attention_specs, total_blocks, block_size),
+                    model.fingerprint,
+                    wanted,
+                )
+            )
+    if len(backends) == 1:
+        return backends[0]
+    kv_heads, _ = _kv_shape(model.attention_specs)
+    per_head = block_bytes(model.attention_specs, model.dtype, block_size) // kv_heads
+    return ShardedAttention(backends, per_head * model.config.kv_heads)
 
 
 def _choose(

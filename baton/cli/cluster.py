@@ -147,9 +147,9 @@ def _engine_flags(settings: Settings, workers: int) -> dict[str, object]:
         flags["threads"] = max(1, usable_cores() // workers)
     chosen = settings.engine.kv_bytes or settings.engine.kv_blocks
     if workers > 4 and not chosen and settings.model.device == "cpu":
-        flags["kv_bytes"] = available_bytes() // (2 * workers)
+        flags["kv_bytes"] = available_bytes() // (2 * workers * settings.engine.tensor_parallel)
     if settings.model.device == "cuda" and not chosen:
-        sharing = -(-workers // max(1, gpu_count()))
+        sharing = -(-workers // max(1, gpu_count() // settings.engine.tensor_parallel))
         flags["gpu_memory_utilization"] = settings.engine.gpu_memory_utilization / sharing
     return flags
 
@@ -165,10 +165,11 @@ def _cores(settings: Settings, number: int, workers: int) -> dict[str, object]:
 
 
 def _gpu(settings: Settings, number: int) -> dict[str, object]:
-    """The GPU of worker `number`: each in turn, beginning with --gpu."""
+    """The first GPU of worker `number`: each in turn, or so many together, beginning with --gpu."""
     if settings.model.device != "cuda":
         return {}
-    return {"gpu": (settings.model.gpu + number) % max(1, gpu_count())}
+    each = settings.engine.tensor_parallel
+    return {"gpu": (settings.model.gpu + number * each) % max(1, gpu_count() // each * each)}
 
 
 def _passed_on(settings: Settings, given: Collection[str]) -> dict[str, object]:

@@ -56,7 +56,7 @@ def _measure(settings: Settings) -> Profile:
     from baton.worker.startup import Startup
 
     loaded = load(settings, Startup())
-    config, block_size = loaded.model.config, loaded.attention.cache.layout.block_size
+    config, block_size = loaded.model.config, loaded.attention.layout.block_size
     on_gpu = settings.model.device == "cuda"
     clock = StepClock()
     engine = Engine(
@@ -77,9 +77,11 @@ def _measure(settings: Settings) -> Profile:
         ]
     finally:
         engine.stop()
+    device = torch.cuda.get_device_name(settings.model.gpu) if on_gpu else "cpu"
+    count = len(loaded.model.shards)
     return Profile(
         model=settings.model.served_model_name or Path(settings.model.model).name,
-        device=torch.cuda.get_device_name(settings.model.gpu) if on_gpu else "cpu",
+        device=device if count == 1 else f"{count} x {device}",
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         versions={"baton": version("baton-serve"), "torch": version("torch")},

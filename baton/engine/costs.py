@@ -80,9 +80,10 @@ _PEAKS = {
 }
 
 
-def peak_of(device_name: str) -> Peak | None:
-    """The peak of a GPU by its name; None when it is not known, as for CPUs."""
-    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+def peak_of(device_name: str, count: int = 1) -> Peak | None:
+    """The peak of `count` GPUs by their name; None when it is not known, as for CPUs."""
+    peak = next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+    return peak and Peak(count * peak.flops_per_s, count * peak.bytes_per_s)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from baton.attention.base import AttentionBackend, AttentionBatch, FixedRows
+from baton.attention.base import Attention, AttentionBatch, FixedRows
 from baton.device import Device
 from baton.models.base import Model
 
@@ -45,7 +45,7 @@ class DecodeGraphs:
     def record(
         cls,
         model: Model,
-        attention: AttentionBackend,
+        attention: Attention,
         device: Device,
         most: int,
         report: Callable[[int, int], None] = lambda done, total: None,
@@ -84,9 +84,7 @@ class DecodeGraphs:
         return self._logits[:count]
 
     @torch.inference_mode()
-    def _record(
-        self, size: int, rows: FixedRows, model: Model, attention: AttentionBackend, device: Device
-    ) -> None:
+    def _record(self, size: int, rows: FixedRows, model: Model, attention: Attention, device: Device) -> None:
         tokens, positions, logits = self._tokens[:size], self._positions[:size], self._logits[:size]
 
         def compute() -> None:

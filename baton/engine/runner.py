@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from baton.attention.base import AttentionBackend
+from baton.attention.base import Attention
 from baton.device import Download, device_of
 from baton.engine.graphs import DecodeGraphs
 from baton.engine.inputs import Inputs, predicts_prompt
@@ -40,7 +40,7 @@ class Runner:
     def __init__(
         self,
         model: Model,
-        attention: AttentionBackend,
+        attention: Attention,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
     ) -> None:

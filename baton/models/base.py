@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from baton.attention.base import AttentionBackend, AttentionSpec
+from baton.attention.base import Attention, AttentionSpec
 from baton.models.config import ModelConfig
 
 
@@ -24,10 +24,14 @@ class Model(ABC):
     attention_specs: Sequence[AttentionSpec]
     fingerprint: str
 
+    @property
+    def shards(self) -> Sequence[Model]:
+        """Its parts, one per device: several when it is spread. `device` is that of the first, and
+        `attention_specs` are of one part: each attends over some heads, in a KV pool of its own."""
+        return (self,)
+
     @abstractmethod
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend
-    ) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Final hidden states [T, hidden] of a flat batch.
 
         `token_ids` and `positions` are int64 [T] on the model's device; `attention.begin` has been

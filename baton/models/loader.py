@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from baton.config import Dtype
+from baton.device import devices_from
 from baton.models import gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from baton.models.base import Model
 from baton.models.config import ModelConfig, read_config, rope_layer_type
@@ -15,6 +17,8 @@ from baton.models.decoder import Decoder
 from baton.models.memory import keep_freed_memory
 from baton.models.parts import Parts
 from baton.models.rope_config import read_rope
+from baton.models.shard import Shard
+from baton.models.spread import SpreadModel
 from baton.models.weights import Weights, fingerprint
 
 _FAMILIES: Mapping[str, Callable[[Parts, str], Decoder]] = {
@@ -36,9 +40,11 @@ def load_model(
     dtype: Dtype = "auto",
     max_model_len: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    tensor_parallel: int = 1,
 ) -> Model:
     """Load the folder `path`. `dtype` auto is float32 on cpu and the checkpoint's elsewhere. `report` is
-    called with the layers that are loaded and of how many.
+    called with the layers that are loaded and of how many. With `tensor_parallel`, the model is spread over
+    so many devices: `device`, if that is cuda, and those that follow it.
 
     Raises:
         UnsupportedModel: it cannot be served; one sentence says what stands in the way.
@@ -48,8 +54,18 @@ def load_model(
         keep_freed_memory()
     usual = "float32" if device == "cpu" else config.dtype
     chosen = usual if dtype == "auto" else dtype
-    weights = Weights(path, torch.device(device), getattr(torch, chosen))
-    return _FAMILIES[config.architecture](Parts(config, weights, report), _fingerprint(config, weights))
+    fingerprint, shards = "", []
+    for number, one in enumerate(devices_from(torch.device(device), tensor_parallel)):
+        weights = Weights(path, one, getattr(torch, chosen))
+        fingerprint = fingerprint or _fingerprint(config, weights)
+        told = partial(_report_shard, report, number, tensor_parallel)
+        parts = Parts(config, weights, told, Shard(number, tensor_parallel))
+        shards.append(_FAMILIES[config.architecture](parts, fingerprint))
+    return shards[0] if len(shards) == 1 else SpreadModel(shards)
+
+
+def _report_shard(report: Callable[[int, int], None], number: int, of: int, done: int, total: int) -> None:
+    report(number * total + done, of * total)
 
 
 def _fingerprint(config: ModelConfig, weights: Weights) -> str:

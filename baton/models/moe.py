@@ -70,22 +70,29 @@ def sparse_mlp(
 def _separate(
     parts: Parts, prefix: str, activation: Activation, experts: int, inner: int, names: tuple[str, str, str]
 ) -> list[GatedMlp]:
-    gate, up, down = names
     return [
-        GatedMlp(
-            gate_up=parts.linear([f"{expert}.{gate}", f"{expert}.{up}"], (inner, inner), parts.hidden),
-            down=parts.linear([f"{expert}.{down}"], (parts.hidden,), inner),
-            activation=activation,
-        )
-        for expert in (f"{prefix}.experts.{number}" for number in range(experts))
+        parts.gated_mlp(f"{prefix}.experts.{number}", activation, inner, names) for number in range(experts)
     ]
 
 
 def _fused(
     parts: Parts, prefix: str, activation: Activation, experts: int, inner: int, names: tuple[str, str, str]
 ) -> list[GatedMlp]:
-    gate_up = parts.weights.take(f"{prefix}.experts.gate_up_proj", experts, 2 * inner, parts.hidden)
-    down = parts.weights.take(f"{prefix}.experts.down_proj", experts, parts.hidden, inner)
+    kept, halves = parts.inner(inner), parts.gate_up_outputs(inner)
+
+    def shard_of(gate_up: torch.Tensor) -> torch.Tensor:
+        if parts.shard.is_whole:
+            return gate_up
+        return torch.cat([gate_up[:, half.start : half.stop] for half in halves], dim=1)
+
+    gate_up = parts.weights.take(
+        f"{prefix}.experts.gate_up_proj", experts, 2 * inner, parts.hidden, part=shard_of
+    )
+    down = parts.weights.take(
+        f"{prefix}.experts.down_proj",
+        *(experts, parts.hidden, inner),
+        part=lambda down: down[:, :, kept.start : kept.stop],
+    )
     return [
         GatedMlp(gate_up=Linear(gate_up[number]), down=Linear(down[number]), activation=activation)
         for number in range(experts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +68,26 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, turn: Turn, attention: AttentionBackend, layer: int) -> torch.Tensor:
         attended = self.attention(self.attention_norm(x), turn, attention, layer)
+        x, normed = self._add_attended(x, attended)
+        return self._add_mixed(x, self.mlp(normed))
+
+    def spread(
+        self, x: torch.Tensor, turn: Turn, attention: AttentionBackend, layer: int
+    ) -> Generator[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As a call, for a shard of the layer: yields what is to be added up over all shards, and goes on
+        with the sum."""
+        attended = yield self.attention(self.attention_norm(x), turn, attention, layer)
+        x, normed = self._add_attended(x, attended)
+        mixed = yield self.mlp(normed)
+        return self._add_mixed(x, mixed)
+
+    def _add_attended(self, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and what the MLP takes of it."""
         if self.after_attention_norm is not None:
             attended = self.after_attention_norm(attended)
-        x, normed = added_and_normed(x, attended, self.mlp_norm)
-        mixed = self.mlp(normed)
+        return added_and_normed(x, attended, self.mlp_norm)
+
+    def _add_mixed(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         if self.after_mlp_norm is not None:
             mixed = self.after_mlp_norm(mixed)
         return added(x, mixed)

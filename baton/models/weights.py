@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +19,13 @@ _CHUNK_BYTES = 64 * 1024 * 1024
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+Part = Callable[[torch.Tensor], torch.Tensor]
+"""Which part of a tensor is wanted: only that leaves the file."""
+
+
+def _all(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 class Weights:
@@ -44,13 +51,13 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor `name`, which must have `shape`, in memory of its own: the file may change under a
-        mapping, and a model must not."""
-        tensor = self.borrow(name, *shape)
+    def take(self, name: str, *shape: int, part: Part = _all) -> torch.Tensor:
+        """The `part` of tensor `name`, which must have `shape`, in memory of its own: the file may change
+        under a mapping, and a model must not."""
+        tensor = self.borrow(name, *shape, part=part)
         return tensor.clone() if tensor.device.type == "cpu" else tensor
 
-    def borrow(self, name: str, *shape: int) -> torch.Tensor:
+    def borrow(self, name: str, *shape: int, part: Part = _all) -> torch.Tensor:
         """As `take`, but perhaps still in the file: for callers that copy it."""
         if name not in self._file_of:
             raise UnsupportedModel(f"{self.path} has no tensor {name}")
@@ -63,7 +70,7 @@ class Weights:
         if tensor.dtype not in _FLOATING:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UnsupportedModel(f"{self.path}: tensor {name} has dtype {dtype}, which is not supported")
-        return tensor.to(self.device, self.dtype)
+        return part(tensor).to(self.device, self.dtype).contiguous()
 
 
 def fingerprint(files: Sequence[Path], extra: bytes) -> str:

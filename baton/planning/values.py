@@ -29,6 +29,7 @@ _ROLE = Template(
   config:
     maxBatchTokens: $tokens
     maxBatchRequests: $requests
+    tensorParallel: $gpus
   resources:
     limits: {nvidia.com/gpu: $gpus}"""
 )
@@ -41,10 +42,7 @@ def ratio(prefills: int, decoders: int) -> str:
 
 
 def helm_values(plan: Candidate, goal: Goal, command: str) -> str:
-    """A values file that installs the plan, to be given after a preset; says what it was computed by.
-
-    A worker on several GPUs gets them all, and is left to use them as its settings say.
-    """
+    """A values file that installs the plan, to be given after a preset; says what it was computed by."""
     fleet, targets = plan.fleet, goal.targets
     asked = [
         f"{seconds:g} s {what}"

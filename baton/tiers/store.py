@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -29,19 +30,22 @@ class TierStore:
     """Host memory for `host_slots` blocks and, with `disk`, a file below it.
 
     Args:
-        storage: the KV pool, blocks outermost. On a GPU, host memory is pinned and copies run on streams
-            of their own; whoever is told that a copy is done need not synchronize.
+        storages: the KV pool, blocks outermost, in its parts: one on each device of the model. On a GPU,
+            host memory is pinned and copies run on streams of their own; whoever is told that a copy is done
+            need not synchronize.
     """
 
-    def __init__(self, storage: torch.Tensor, host_slots: int, disk: BlockFile | None) -> None:
-        self._pool = storage.flatten(1).view(torch.uint8)
+    def __init__(self, storages: Sequence[torch.Tensor], host_slots: int, disk: BlockFile | None) -> None:
+        self._parts: list[_Part] = []
+        self._block_bytes = 0
+        for storage in storages:
+            part = _Part.of(storage, self._block_bytes)
+            self._parts.append(part)
+            self._block_bytes = part.place.stop
         self._disk = disk
-        cuda = storage.is_cuda
-        block_bytes = self._pool.shape[1]
-        self._host = torch.empty((host_slots, block_bytes), dtype=torch.uint8, pin_memory=cuda)
-        self._staged = torch.empty(block_bytes, dtype=torch.uint8, pin_memory=cuda)
-        self._down = _stream(storage.device) if cuda else None
-        self._up = _stream(storage.device) if cuda else None
+        cuda = storages[0].is_cuda
+        self._host = torch.empty((host_slots, self._block_bytes), dtype=torch.uint8, pin_memory=cuda)
+        self._staged = torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=cuda)
         self._rates = ReadRates[Tier]()
         self._told_of_disk = False
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="kv-fetch")
@@ -49,12 +53,15 @@ class TierStore:
 
     def copy_down(self, block: int, host_slot: int) -> None:
         """See `Sink`."""
-        with _on(self._down):
-            self._host[host_slot].copy_(self._pool[block], non_blocking=self._down is not None)
+        for part in self._parts:
+            with _on(part.down):
+                below = self._host[host_slot, part.place]
+                below.copy_(part.pool[block], non_blocking=part.down is not None)
 
     def settle(self) -> None:
         """See `Sink`."""
-        _finish(self._down)
+        for part in self._parts:
+            _finish(part.down)
 
     def fetch(
         self, held: Sequence[Held], blocks: Sequence[int], done: Callable[[Sequence[str]], None]
@@ -81,8 +88,7 @@ class TierStore:
 
         What is in the pool's `blocks` is lost.
         """
-        block_bytes = self._pool.shape[1]
-        count = min(len(blocks), self._host.shape[0], max(1, _MEASURED_BYTES // block_bytes))
+        count = min(len(blocks), self._host.shape[0], max(1, _MEASURED_BYTES // self._block_bytes))
         self._host[:count].zero_()
         self._begin_rate(Tier.HOST, blocks[:count])
         if self._disk is not None:
@@ -115,25 +121,32 @@ class TierStore:
         """Copy slots of one tier to blocks of the pool; how many came, and why not the next one."""
         started = time.perf_counter()
         count, reason = 0, ""
-        with _on(self._up):
-            for slot, block in moves:
-                if reason := self._fetch_one(tier, slot, block):
-                    break
-                count += 1
-        _finish(self._up)
-        self._rates.note(tier, count * self._pool.shape[1], time.perf_counter() - started)
+        for slot, block in moves:
+            if reason := self._fetch_one(tier, slot, block):
+                break
+            count += 1
+        for part in self._parts:
+            _finish(part.up)
+        self._rates.note(tier, count * self._block_bytes, time.perf_counter() - started)
         return count, reason
 
     def _fetch_one(self, tier: Tier, slot: int, block: int) -> str:
         if tier is Tier.HOST:
-            self._pool[block].copy_(self._host[slot], non_blocking=self._up is not None)
+            self._copy_up(self._host[slot], block)
             return ""
         if self._disk is None:
             return "io_error"
         if reason := self._disk.read(slot, _bytes(self._staged)):
             return reason
-        self._pool[block].copy_(self._staged)  # waits: the buffer is used again
+        self._copy_up(self._staged, block)
+        for part in self._parts:
+            _finish(part.up)  # the buffer is used again
         return ""
+
+    def _copy_up(self, below: torch.Tensor, block: int) -> None:
+        for part in self._parts:
+            with _on(part.up):
+                part.pool[block].copy_(below[part.place], non_blocking=part.up is not None)
 
     def _spill(self, work: Sequence[tuple[Spill, int]], done: Callable[[Spill, bool], None]) -> None:
         for spill, host_slot in work:
@@ -158,7 +171,24 @@ class TierStore:
         started = time.perf_counter()
         self._fetch([(tier, slot) for slot in range(len(blocks))], blocks)
         seconds = time.perf_counter() - started
-        self._rates.begin(tier, len(blocks) * self._pool.shape[1] / seconds)
+        self._rates.begin(tier, len(blocks) * self._block_bytes / seconds)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The pool on one device as bytes [blocks, ...], where it lies in a block's bytes below, and the streams
+    of its copies down and up; None on the CPU."""
+
+    pool: torch.Tensor
+    place: slice
+    down: torch.cuda.Stream | None
+    up: torch.cuda.Stream | None
+
+    @classmethod
+    def of(cls, storage: torch.Tensor, start: int) -> _Part:
+        pool = storage.flatten(1).view(torch.uint8)
+        down, up = (_stream(storage.device) if storage.is_cuda else None for _ in range(2))
+        return cls(pool, slice(start, start + pool.shape[1]), down, up)
 
 
 def _bytes(block: torch.Tensor) -> memoryview:

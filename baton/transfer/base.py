@@ -37,6 +37,9 @@ class PoolDescription:
 
     `agent_name` is `agent_name_of(worker_id, incarnation)`; `pool_address` is that of block 0 in the worker's
     memory; `device_id` is the CUDA device index for VRAM and 0 for DRAM.
+
+    A worker whose model is spread over devices has a pool on each, with some heads of every block. `shards`
+    describes them in order, and `layout` whole blocks; address and metadata are then those of nothing.
     """
 
     incarnation: str
@@ -48,6 +51,12 @@ class PoolDescription:
     device_id: int
     memory_type: MemoryType
     transport: TransportName
+    shards: tuple[PoolDescription, ...] = ()
+
+    @property
+    def pools(self) -> tuple[PoolDescription, ...]:
+        """The pools that can be read: one for each device."""
+        return self.shards or (self,)
 
     @property
     def worker_id(self) -> str:
@@ -138,9 +147,9 @@ def require_compatible(ours: PoolDescription, theirs: PoolDescription) -> None:
 
 
 def require_blocks(
-    ours: Pool, theirs: PoolDescription, source_blocks: Sequence[int], destination_blocks: Sequence[int]
+    our_blocks: int, theirs: PoolDescription, source_blocks: Sequence[int], destination_blocks: Sequence[int]
 ) -> None:
-    """Check the block ids of a read before any address is made of them.
+    """Check the block ids of a read into a pool of `our_blocks` before any address is made of them.
 
     Raises:
         ValueError: this worker is wrong: the lists differ in length or a destination is outside the pool.
@@ -152,8 +161,8 @@ def require_blocks(
         )
     if not source_blocks:
         return
-    if min(destination_blocks) < 0 or max(destination_blocks) >= ours.total_blocks:
-        raise ValueError(f"a destination block is outside the pool of {ours.total_blocks} blocks")
+    if min(destination_blocks) < 0 or max(destination_blocks) >= our_blocks:
+        raise ValueError(f"a destination block is outside the pool of {our_blocks} blocks")
     if min(source_blocks) < 0 or max(source_blocks) >= theirs.total_blocks:
         raise HandoffFailed(
             f"{theirs.agent_name} named block {max(source_blocks)} and has {theirs.total_blocks} blocks"

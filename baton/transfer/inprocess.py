@@ -77,7 +77,7 @@ class InProcessTransfer(Transfer):
     ) -> ReadReport:
         started = time.monotonic()
         _, peer = self._source(agent_name)
-        require_blocks(self._pool, peer, source_blocks, destination_blocks)
+        require_blocks(self._pool.total_blocks, peer, source_blocks, destination_blocks)
         for at in range(0, len(source_blocks), BLOCKS_PER_COPY):
             pool, _ = self._source(agent_name)  # it may have closed since the last copy
             part = slice(at, at + BLOCKS_PER_COPY)

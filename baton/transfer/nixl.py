@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from baton.device import device_of
 from baton.kv.hashing import KvLayout
 from baton.transfer.agent import Agent
 from baton.transfer.base import (
@@ -42,7 +43,8 @@ class NixlTransfer(Transfer):
     def __init__(self, storage: torch.Tensor, layout: KvLayout, worker_id: str, incarnation: str) -> None:
         self._pool = Pool.of(storage, layout)
         name = agent_name_of(worker_id, incarnation)
-        self._server = Agent.serving(name, self._pool)
+        with device_of(storage.device).current():  # UCX's CUDA transports use the thread's context
+            self._server = Agent.serving(name, self._pool)
         self._description = self._pool.describe(worker_id, incarnation, self._server.metadata, "nixl")
         self._reader = Reader(name, self._pool)
 
@@ -74,7 +76,7 @@ class NixlTransfer(Transfer):
         timeout_s: float,
     ) -> ReadReport:
         def plan(peer: PoolDescription) -> list[Chunk]:
-            require_blocks(self._pool, peer, source_blocks, destination_blocks)
+            require_blocks(self._pool.total_blocks, peer, source_blocks, destination_blocks)
             block_bytes = peer.layout.block_bytes
             return chunks_of(source_blocks, destination_blocks, block_bytes, peer.side, self._pool.side)
 

@@ -41,6 +41,7 @@ def description_to_proto(description: PoolDescription) -> worker_pb2.ConnectResp
         device_id=description.device_id,
         memory_type=description.memory_type,
         transport=description.transport,
+        shards=[description_to_proto(shard) for shard in description.shards],
     )
 
 
@@ -64,4 +65,5 @@ def description_from_proto(message: worker_pb2.ConnectResponse) -> PoolDescripti
         device_id=message.device_id,
         memory_type=cast(MemoryType, message.memory_type),
         transport=cast(TransportName, message.transport),
+        shards=tuple(description_from_proto(shard) for shard in message.shards),
     )

@@ -8,14 +8,15 @@ import uuid
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from prometheus_client import REGISTRY
 
 from baton.addresses import join
-from baton.attention.base import AttentionBackend, KvCache
-from baton.attention.select import block_bytes, create_backend, preferred_block_size
+from baton.attention.base import Attention, KvCache
+from baton.attention.select import block_bytes, create_attention, preferred_block_size
 from baton.config import EngineSettings, Settings
 from baton.device import device_of
 from baton.engine.costs import Costs, peak_of
@@ -46,9 +47,11 @@ from baton.rpc.v1 import kvstore_pb2, worker_pb2_grpc
 from baton.tiers.disk import BlockFile
 from baton.tiers.store import TierStore
 from baton.transfer import create_transfer
+from baton.transfer.spread import SpreadTransfer
 from baton.transfer.wire import layout_to_proto
 from baton.worker.admin import ROLE_NUMBERS, AdminService, drain, end_sessions
 from baton.worker.convert import load_to
+from baton.worker.devices import devices_of
 from baton.worker.grammars import Grammars
 from baton.worker.handoff_reader import HandoffReader
 from baton.worker.handoff_server import KvService
@@ -75,7 +78,7 @@ class Loaded:
     """What start-up builds before the first socket is opened."""
 
     model: Model
-    attention: AttentionBackend
+    attention: Attention
     scheduler: Scheduler
     runner: Runner
     prefill_curve: dict[int, float]
@@ -89,14 +92,12 @@ def load(settings: Settings, startup: Startup) -> Loaded:
 
     Raises:
         UnsupportedModel: the model cannot be served.
-        BatonError: the pool does not fit.
+        BatonError: the pool does not fit, or GPUs are missing.
     """
     chosen = settings.engine
-    if settings.model.device == "cuda" and not torch.cuda.is_available():
-        raise BatonError("--device cuda: torch sees no GPU; `baton doctor` says why")
+    devices = devices_of(settings)
+    device, on_gpu = devices[0], devices[0].type == "cuda"
     torch.set_num_threads(chosen.threads or usable_cores())
-    on_gpu = settings.model.device == "cuda"
-    device = torch.device("cuda", settings.model.gpu) if on_gpu else torch.device("cpu")
     folder = model_folder(settings.model.model)
     with startup.part("weights") as report:
         model = load_model(
@@ -105,17 +106,16 @@ def load(settings: Settings, startup: Startup) -> Loaded:
             settings.model.dtype,
             settings.model.max_model_len,
             report,
+            len(devices),
         )
     specs = model.attention_specs
     block_size = chosen.block_size or preferred_block_size(device, model.dtype, specs, chosen.attention)
     longest_blocks = -(-model.config.max_model_len // block_size)
-    blocks = pool_blocks(chosen, block_bytes(specs, model.dtype, block_size), longest_blocks, device)
-    attention = create_backend(
-        device, model.dtype, specs, blocks, block_size, model.fingerprint, chosen.attention
-    )
+    blocks = pool_blocks(chosen, block_bytes(specs, model.dtype, block_size), longest_blocks, devices)
+    attention = create_attention(model, blocks, block_size, chosen.attention)
     pool = BlockPool(blocks)
     graphs = None
-    if on_gpu and chosen.cuda_graphs:
+    if on_gpu and chosen.cuda_graphs and len(devices) == 1:
         with startup.part("graphs") as report:
             most = chosen.max_batch_requests
             graphs = DecodeGraphs.record(model, attention, device_of(device), most, report)
@@ -129,18 +129,18 @@ def load(settings: Settings, startup: Startup) -> Loaded:
     tokens = chosen.max_batch_tokens or step_size(prefill, chosen.max_batch_requests)
     limits = Limits(tokens, chosen.max_batch_requests, chosen.max_waiting)
     pace = Pace(chosen.itl_target_s, _curve(prefill), _curve(decode))
-    tiers = _add_tiers(chosen, pool, attention.cache)
+    tiers = _add_tiers(chosen, pool, attention.caches)
     grammars = Grammars(folder / "tokenizer.json", model.config.vocab_size, model.config.eos_token_ids)
     return Loaded(model, attention, Scheduler(pool, limits, pace), runner, prefill, decode, tiers, grammars)
 
 
-def _add_tiers(chosen: EngineSettings, pool: BlockPool, cache: KvCache) -> TierStore | None:
+def _add_tiers(chosen: EngineSettings, pool: BlockPool, caches: Sequence[KvCache]) -> TierStore | None:
     """Put the tiers that the settings ask for below the pool, and measure how fast blocks come up.
 
     Raises:
         BatonError: the settings do not fit each other, or there is no room.
     """
-    block_bytes = cache.layout.block_bytes
+    block_bytes = sum(cache.layout.block_bytes for cache in caches)
     host_slots, disk_slots = chosen.kv_host_bytes // block_bytes, chosen.kv_disk_bytes // block_bytes
     if bool(disk_slots) != bool(chosen.kv_disk_path):
         raise BatonError(
@@ -151,7 +151,7 @@ def _add_tiers(chosen: EngineSettings, pool: BlockPool, cache: KvCache) -> TierS
     if not host_slots:
         return None
     disk = BlockFile(Path(chosen.kv_disk_path), disk_slots, block_bytes) if disk_slots else None
-    store = TierStore(cache.storage, host_slots, disk)
+    store = TierStore([cache.storage for cache in caches], host_slots, disk)
     blocks = pool.allocate(min(pool.total_blocks, disk_slots or host_slots))
     store.measure(blocks)
     pool.release(blocks)
@@ -206,7 +206,7 @@ class Worker:
     ) -> Worker:
         """Open sockets and register memory; `stack` closes everything."""
         incarnation = uuid.uuid4().hex[:12]
-        chosen, model, cache = settings.worker, loaded.model, loaded.attention.cache
+        chosen, model, attention = settings.worker, loaded.model, loaded.attention
         metrics_host = settings.observability.metrics_host or chosen.worker_host
         metrics_server, metrics_thread = serve_metrics(metrics_host, settings.observability.metrics_port)
         stack.callback(metrics_thread.join)
@@ -215,10 +215,13 @@ class Worker:
         answer_probes(metrics_server, lambda: server.serving)
         port = server.bind(chosen.worker_host, chosen.worker_port, flag="--worker-port")
         worker_id = chosen.worker_id or f"{chosen.role}-{chosen.worker_host}-{port}"
-        transfer = create_transfer(chosen.transfer, cache.storage, cache.layout, worker_id, incarnation)
+        storages = [cache.storage for cache in attention.caches]
+        create = partial(create_transfer, chosen.transfer)
+        transfer = SpreadTransfer(create, storages, attention.layout, worker_id, incarnation)
         stack.callback(transfer.close)
         dispatch = Dispatch(asyncio.get_running_loop())
-        max_model_len = min(model.config.max_model_len, cache.total_blocks * cache.layout.block_size)
+        total_blocks = attention.caches[0].total_blocks
+        max_model_len = min(model.config.max_model_len, total_blocks * attention.layout.block_size)
         if loaded.tiers is not None:
             stack.callback(loaded.tiers.close)
         engine = Engine(
@@ -241,10 +244,10 @@ class Worker:
                 model.config.vocab_size,
                 max_model_len,
             ),
-            layout=cache.layout,
+            layout=attention.layout,
             engine=engine,
             transfer=transfer,
-            attention_backend=loaded.attention.name,
+            attention_backend=attention.name,
             metrics_address=join(metrics_host, metrics_server.server_port),
             metrics=RequestMetrics(model_name),
             grammars=loaded.grammars,
@@ -264,7 +267,7 @@ class Worker:
             stop.set()
 
         dispatch.connect(membership.publish, died)
-        REGISTRY.register(_collector(state, model, cache))
+        REGISTRY.register(_collector(state, model, total_blocks))
         reader = HandoffReader(state, peers, chosen.handoff_timeout_s)
         puller = Puller(state, peers, chosen.pull_timeout_s)
         decode = DecodeService(state, reader, puller, Mover(state, peers, chosen.handoff_timeout_s))
@@ -391,10 +394,11 @@ def _describe(state: WorkerState, loaded: Loaded, address: str, device: str) -> 
         prefill_curve=_points(loaded.prefill_curve),
         decode_curve=_points(loaded.decode_curve),
         itl_target_s=loaded.scheduler.pace.itl_target_s,
+        tensor_parallel=len(loaded.model.shards),
     )
 
 
-def _collector(state: WorkerState, model: Model, cache: KvCache) -> EngineCollector:
+def _collector(state: WorkerState, model: Model, total_blocks: int) -> EngineCollector:
     on_gpu = model.device.type == "cuda"
     layout = state.layout
     facts = WorkerFacts(
@@ -405,10 +409,11 @@ def _collector(state: WorkerState, model: Model, cache: KvCache) -> EngineCollec
         transport=state.transfer.describe().transport,
         attention=state.attention_backend,
         block_size=layout.block_size,
-        total_blocks=cache.total_blocks,
+        total_blocks=total_blocks,
+        tensor_parallel=len(model.shards),
     )
     costs = Costs.of(model.config, model.dtype.itemsize, layout.block_bytes // layout.block_size)
-    return EngineCollector(state.engine, facts, costs, peak_of(facts.device))
+    return EngineCollector(state.engine, facts, costs, peak_of(facts.device, facts.tensor_parallel))
 
 
 def _overlaps(settings: Settings) -> bool:

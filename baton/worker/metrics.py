@@ -127,6 +127,7 @@ class WorkerFacts:
     attention: str
     block_size: int
     total_blocks: int
+    tensor_parallel: int
 
 
 class EngineCollector(Collector):
@@ -226,6 +227,7 @@ class EngineCollector(Collector):
             "device": facts.device,
             "transport": facts.transport,
             "attention": facts.attention,
+            "tensor_parallel": str(facts.tensor_parallel),
         }
         info = GaugeMetricFamily("baton_worker_info", "Which worker this is; always 1", labels=list(labels))
         info.add_metric(list(labels.values()), 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from baton.config import EngineSettings
@@ -13,18 +15,20 @@ _CPU_BYTES = 1024**3
 
 
 def pool_blocks(
-    settings: EngineSettings, block_bytes: int, longest_context_blocks: int, device: torch.device
+    settings: EngineSettings, block_bytes: int, longest_context_blocks: int, devices: Sequence[torch.device]
 ) -> int:
-    """Blocks of the pool: --kv-blocks, else what fits --kv-bytes, else what the device can spare.
+    """Blocks of the pool: --kv-blocks, else what fits --kv-bytes, else what the devices can spare.
 
-    Call it when the weights are in place.
+    Each of the model's `devices` keeps `block_bytes` of every block, and has --kv-bytes for them. Call it
+    when the weights are in place.
 
     Raises:
         BatonError: not even one block fits.
     """
     if settings.kv_blocks:
         return settings.kv_blocks
-    budget = settings.kv_bytes or _spare_bytes(settings, block_bytes * longest_context_blocks, device)
+    spare = _spare_gpu_bytes if devices[0].type == "cuda" else _spare_host_bytes
+    budget = settings.kv_bytes or spare(settings, block_bytes * longest_context_blocks, devices)
     blocks = budget // block_bytes
     if blocks < 1:
         raise BatonError(
@@ -34,9 +38,19 @@ def pool_blocks(
     return blocks
 
 
-def _spare_bytes(settings: EngineSettings, longest_context_bytes: int, device: torch.device) -> int:
-    if device.type == "cuda":
-        # Of the whole, not of what is free now: workers that share a GPU start at the same time.
-        _, total = torch.cuda.mem_get_info(device)
-        return int(total * settings.gpu_memory_utilization) - torch.cuda.memory_reserved(device)
-    return min(int(available_bytes() * _CPU_SHARE), max(_CPU_BYTES, longest_context_bytes))
+def _spare_gpu_bytes(
+    settings: EngineSettings, longest_context_bytes: int, devices: Sequence[torch.device]
+) -> int:
+    # Of the whole, not of what is free now: workers that share a GPU start at the same time.
+    return min(
+        int(torch.cuda.mem_get_info(device)[1] * settings.gpu_memory_utilization)
+        - torch.cuda.memory_reserved(device)
+        for device in devices
+    )
+
+
+def _spare_host_bytes(
+    settings: EngineSettings, longest_context_bytes: int, devices: Sequence[torch.device]
+) -> int:
+    most = min(int(available_bytes() * _CPU_SHARE), max(_CPU_BYTES, longest_context_bytes * len(devices)))
+    return most // len(devices)

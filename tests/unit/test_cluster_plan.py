@@ -170,6 +170,16 @@ def test_workers_take_gpus_in_turn_and_share_their_memory(
     assert "--gpu" not in arguments(plan(model))["decode-0"]
 
 
+def test_workers_on_several_gpus_take_neighbours_in_turn(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 5)
+    found = arguments(plan(model, device="cuda", hybrid=5, tensor_parallel=2))
+    assert [found[f"hybrid-{n}"]["--gpu"] for n in range(5)] == ["0", "2", "0", "2", "0"]
+    whole = resolve({}, {})[0].engine.gpu_memory_utilization
+    assert float(found["hybrid-0"]["--gpu-memory-utilization"]) == whole / 3
+
+
 def test_a_taken_port_is_refused(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -742,6 +742,7 @@ class ConnectResponse(_message.Message):
     MEMORY_TYPE_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     """new at every start of the worker process; part of the agent name"""
     agent_name: _builtins.str
@@ -756,6 +757,12 @@ class ConnectResponse(_message.Message):
     total_blocks: _builtins.int
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConnectResponse]:
+        """The pools of a worker whose model is spread over devices, in the order of the KV heads that each has of
+        every block; the fields above are then those of whole blocks. None: one pool has them all.
+        """
+
     def __init__(
         self,
         *,
@@ -768,10 +775,11 @@ class ConnectResponse(_message.Message):
         memory_type: _builtins.str = ...,
         transport: _builtins.str = ...,
         total_blocks: _builtins.int = ...,
+        shards: _abc.Iterable[Global___ConnectResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metadata", b"agent_metadata", "agent_name", b"agent_name", "device_id", b"device_id", "incarnation", b"incarnation", "layout", b"layout", "memory_type", b"memory_type", "pool_address", b"pool_address", "total_blocks", b"total_blocks", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metadata", b"agent_metadata", "agent_name", b"agent_name", "device_id", b"device_id", "incarnation", b"incarnation", "layout", b"layout", "memory_type", b"memory_type", "pool_address", b"pool_address", "shards", b"shards", "total_blocks", b"total_blocks", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from baton.attention.base import AttentionBatch
-from baton.attention.select import create_backend
+from baton.attention.select import create_attention
 from baton.models.base import Model
 
 
@@ -31,9 +31,7 @@ class Driver:
 
     def __init__(self, model: Model, *, blocks: int = 400, block_size: int = 16, seed: int = 0) -> None:
         self.model, self.block_size = model, block_size
-        self.attention = create_backend(
-            model.device, model.dtype, model.attention_specs, blocks, block_size, model.fingerprint
-        )
+        self.attention = create_attention(model, blocks, block_size)
         self._free = list(range(blocks))
         random.Random(seed).shuffle(self._free)
 

@@ -28,13 +28,13 @@ def disk(tmp_path: Path) -> BlockFile:
 
 @pytest.fixture
 def store(disk: BlockFile) -> Iterator[TierStore]:
-    store = TierStore(torch.zeros(SHAPE), 4, disk)
+    store = TierStore([torch.zeros(SHAPE)], 4, disk)
     yield store
     store.close()
 
 
 def pool_of(store: TierStore) -> torch.Tensor:
-    return store._pool.view(torch.float32).view(SHAPE)
+    return store._parts[0].pool.view(torch.float32).view(SHAPE)
 
 
 def fetched(store: TierStore, places: list[tuple[Tier, int]], blocks: list[int]) -> list[str]:
@@ -149,7 +149,7 @@ def test_a_folder_that_takes_no_files_is_refused_with_its_flag() -> None:
 
 def test_another_process_finds_nothing_of_the_last_one(tmp_path: Path) -> None:
     for shape in (SHAPE, (6, 4, 5)):  # blocks of another model
-        store = TierStore(torch.ones(shape), 2, BlockFile(tmp_path, 2, shape[1] * shape[2] * 4))
+        store = TierStore([torch.ones(shape)], 2, BlockFile(tmp_path, 2, shape[1] * shape[2] * 4))
         assert fetched(store, [(Tier.DISK, 0)], [0]) == ["checksum"]
         assert spilled(store, 0, 0)
         store.close()
@@ -157,7 +157,7 @@ def test_another_process_finds_nothing_of_the_last_one(tmp_path: Path) -> None:
 
 
 def test_reads_correct_the_rate_that_was_measured_at_start() -> None:
-    store = TierStore(torch.zeros((2, 512, 1024)), 2, None)
+    store = TierStore([torch.zeros((2, 512, 1024))], 2, None)
     store.measure([0, 1])
     store._rates.begin(Tier.HOST, 1.0)
     assert fetched(store, [(Tier.HOST, 0), (Tier.HOST, 1)], [0, 1]) == ["", ""]
