@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -27,6 +27,7 @@ from tests.unit.models.reference_models import VOCAB, variant, write_reference
 NARROW, WIDE = "hybrid-0", "wide"
 DIRECTIONS = [(NARROW, WIDE), (WIDE, NARROW)]
 TOKENS = 48
+LONG = 1500
 # float32 sums in another order; a wrong block changes logits by more than a hundred times as much.
 ROUNDING = 1e-3
 
@@ -76,7 +77,9 @@ def wide_worker(cluster: Cluster, folder: Path) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def mixed(start_cluster: StartCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
     folder = tmp_path_factory.mktemp("llama")
-    reference = write_reference(variant("llama"), folder).eval()
+    llama = variant("llama")
+    long = replace(llama, changes={**llama.changes, "max_position_embeddings": 2048})
+    reference = write_reference(long, folder).eval()
     flags = ("--hybrid", "1", "--served-model-name", "served", "--max-batch-tokens", "128")
     with (
         start_cluster(*flags, "--kv-blocks", "800", model=folder) as cluster,
@@ -123,7 +126,7 @@ def test_a_prefix_is_pulled_by_the_other(mixed: Mixed, holder: str, puller: str)
 @pytest.mark.parametrize(("leaves", "takes"), DIRECTIONS)
 def test_streams_move_to_the_other_with_their_kv(mixed: Mixed, leaves: str, takes: str) -> None:
     asked = [
-        {"prompt": fresh(length, leaves), "max_tokens": 600, "temperature": 0, "ignore_eos": True}
+        {"prompt": fresh(length, leaves), "max_tokens": LONG, "temperature": 0, "ignore_eos": True}
         for length in (5, 40, 90, 170, 33, 64)
     ]
     cluster = mixed.cluster
