@@ -5,11 +5,10 @@
 `baton profile` measures the steps of a model on this machine; `baton up` runs a cluster of the same model
 here; `baton bench` puts a load on it, open loop; and the same requests go through `baton.sim` with that
 profile. The profile is the mean of one before the load and one after it, because machines with other work
-change. It is of a worker's engine alone. What serving adds to a step (the worker's event loop, which takes
-turns with the engine, and gRPC) is measured on the cluster before the load, one request at a time: the time
-between its tokens less a step of the profile. Nothing is fitted to the load's run: beside these the
-simulator gets what a message between two processes takes and what the router takes per request
-(`--message-s`, `--router-s`), and the speed of reads that `benchmarks/transfer.py` measures.
+change. It is of a worker's engine alone. What serving adds (the worker's event loop, which takes turns with
+the engine, gRPC, the router, and cores that wake from sleep) is measured on the cluster before the load, with
+one request at a time: by how much first tokens, and the tokens after them, come later than the simulator says
+of the same requests. Nothing is fitted to the load's run.
 
 The figures are the simulator's over the cluster's. The goal is to be within 15 %.
 """
@@ -41,13 +40,13 @@ from baton.bench.load import Synthetic, cut, timed
 from baton.bench.result import Result, Run, load, run_of
 from baton.bench.summary import Latency, Summary
 from baton.bench.table import table
+from baton.bench.trace import TraceRow
 from baton.config import EngineSettings
 from baton.profile import DecodePoint, PrefillPoint, Profile
 from baton.routing import Role
 from baton.sim.cluster import SimCluster, WorkerSpec
 from baton.sim.profiles import measured
 from baton.sim.simulator import simulate
-from baton.sim.speed import Speed
 from baton.sim.workload import from_trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,8 +61,8 @@ WORKER = (
     *("--model", str(MODEL), "--max-model-len", "1024", "--threads", "1"),
     *("--max-batch-tokens", str(BATCH_TOKENS), "--kv-bytes", str(KV_BYTES)),
 )
-ALONE_INPUT = 64
-ALONE_OUTPUT = 256
+ALONE = 40
+ALONE_EVERY_S = 2.0
 READY_S = 120.0
 SEED = 11
 
@@ -92,13 +91,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="baton-fidelity-") as folder:
         before = profile(Path(folder))
         for name, shape in SHAPES.items():
-            alone_s, real = measure(shape, arguments.seconds / len(SHAPES), Path(folder))
+            alone, real = measure(shape, arguments.seconds / len(SHAPES), Path(folder))
             after = profile(Path(folder))
             steps = mean(before, after)
             before = after
-            serving_s = max(0.0, alone_s - step_s(measured(steps)))
-            console.print(f"serving adds {1e3 * serving_s:.2f} ms to a step of {1e3 * alone_s:.2f} ms")
-            modelled = model(shape, arguments, measured(served(steps, serving_s)))
+            modelled_alone = model(shape, asked_alone(shape), steps)
+            added = [
+                max(0.0, _seconds(real_s, "p50") - _seconds(modelled_s, "p50"))
+                for real_s, modelled_s in (
+                    (alone.summary.ttft, modelled_alone.summary.ttft),
+                    (alone.summary.tpot, modelled_alone.summary.tpot),
+                )
+            ]
+            console.print(f"serving adds {1e3 * added[0]:.2f} ms to a prompt, {1e3 * added[1]:.2f} to a step")
+            modelled = model(shape, asked(shape, arguments.seconds / len(SHAPES)), served(steps, *added))
             pair = [_named(f"{name}: cluster", real), _named(f"{name}: simulated", modelled)]
             console.print(table(pair))
             runs += pair
@@ -141,48 +147,50 @@ def mean(one: Profile, other: Profile) -> Profile:
     )
 
 
-def step_s(speed: Speed) -> float:
-    """A step of the request that `measure` sends alone, half-way through its answer."""
-    line = speed.decode_line(1)
-    return line.fixed_s + line.per_token_s * (ALONE_INPUT + ALONE_OUTPUT / 2)
-
-
-def served(profile: Profile, serving_s: float) -> Profile:
-    """The steps of a worker that serves, each `serving_s` longer."""
+def served(profile: Profile, prompt_s: float, step_s: float) -> Profile:
+    """The steps of a worker that serves: so much longer with a prompt, and without."""
     return msgspec.structs.replace(
         profile,
-        prefill=[PrefillPoint(point.tokens, point.seconds + serving_s) for point in profile.prefill],
-        decode=[DecodePoint(step.batch, step.context, step.seconds + serving_s) for step in profile.decode],
+        prefill=[PrefillPoint(point.tokens, point.seconds + prompt_s) for point in profile.prefill],
+        decode=[DecodePoint(step.batch, step.context, step.seconds + step_s) for step in profile.decode],
     )
 
 
-def measure(shape: Shape, seconds: float, folder: Path) -> tuple[float, Run]:
-    """On a real cluster: the time between tokens of one request at a time, then the load."""
+def measure(shape: Shape, seconds: float, folder: Path) -> tuple[Run, Run]:
+    """On a real cluster: one request at a time, then the load."""
     out = folder / "real.json"
     with cluster(shape.roles, folder) as url:
-        bench = (*BATON, "bench", "--url", url, "--seed", str(SEED), "--out", str(out))
-        run(
-            *bench, "--concurrency", "1", "--num-prompts", "8", "--warmup", "8",
-            "--input-len", str(ALONE_INPUT), "--output-len", str(ALONE_OUTPUT),
-        )  # fmt: skip
-        alone_s = _seconds(load(out).runs[0].summary.itl, "p50")
-        run(
-            *bench, "--request-rate", str(shape.rate_per_s), "--duration", str(seconds), "--warmup", "8",
-            "--input-len", str(shape.input_tokens), "--output-len", str(shape.output_tokens),
-            "--range-ratio", str(shape.spread),
-        )  # fmt: skip
-    return alone_s, load(out).runs[0]
+        bench = (
+            *(*BATON, "bench", "--url", url, "--seed", str(SEED), "--out", str(out), "--warmup", "8"),
+            *("--input-len", str(shape.input_tokens), "--output-len", str(shape.output_tokens)),
+            *("--range-ratio", str(shape.spread)),
+        )
+        run(*bench, "--concurrency", "1", "--num-prompts", str(ALONE))
+        alone = load(out).runs[0]
+        run(*bench, "--request-rate", str(shape.rate_per_s), "--duration", str(seconds))
+        return alone, load(out).runs[0]
 
 
-def model(shape: Shape, arguments: argparse.Namespace, speed: Speed) -> Run:
-    """The same load in the simulator."""
+def asked(shape: Shape, seconds: float) -> list[TraceRow]:
+    """The load, drawn as `baton bench` draws it."""
+    return cut(timed(drawn(shape), "poisson", shape.rate_per_s, Random(SEED + 1)), None, seconds)
+
+
+def asked_alone(shape: Shape) -> list[TraceRow]:
+    """Requests so far apart that each is alone."""
+    return cut(timed(drawn(shape), "constant", 1 / ALONE_EVERY_S, Random(0)), ALONE, None)
+
+
+def drawn(shape: Shape) -> Iterator[TraceRow]:
     made = Synthetic(shape.input_tokens, shape.output_tokens, spread=shape.spread)
-    # Drawn as `baton bench` draws them.
-    rows = timed(made.rows(Random(SEED)), "poisson", shape.rate_per_s, Random(SEED + 1))
-    asked = cut(rows, None, arguments.seconds / len(SHAPES))
+    return made.rows(Random(SEED))
+
+
+def model(shape: Shape, rows: list[TraceRow], steps: Profile) -> Run:
+    """The requests in the simulator."""
     worker = WorkerSpec(
         Role.HYBRID,
-        speed,
+        measured(steps),
         kv_blocks=KV_BYTES // (BLOCK_TOKENS * KV_BYTES_PER_TOKEN),
         max_batch_tokens=BATCH_TOKENS,
         max_batch_requests=EngineSettings().max_batch_requests,
@@ -192,10 +200,8 @@ def model(shape: Shape, arguments: argparse.Namespace, speed: Speed) -> Run:
         workers=tuple(_with_role(worker, role) for role in shape.roles),
         block_tokens=BLOCK_TOKENS,
         kv_bytes_per_token=KV_BYTES_PER_TOKEN,
-        network_s=arguments.message_s,
-        router_s=arguments.router_s,
     )
-    report = simulate(simulated, from_trace(asked, BLOCK_TOKENS))
+    report = simulate(simulated, from_trace(rows, BLOCK_TOKENS))
     return run_of("simulated", "the same", shape.rate_per_s, report.records, report.summary)
 
 
@@ -271,8 +277,6 @@ def _seconds(latency: Latency | None, percentile: str) -> float:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0, help="of load in all [300]")
-    parser.add_argument("--message-s", type=float, default=0.0008, help="between two processes [0.0008]")
-    parser.add_argument("--router-s", type=float, default=0.0015, help="of the router per request [0.0015]")
     parser.add_argument("--html", type=Path, default=Path("fidelity.html"), help="[fidelity.html]")
     parser.add_argument("--quick", action="store_true", help="45 seconds of load")
     arguments = parser.parse_args()
