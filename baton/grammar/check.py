@@ -98,7 +98,11 @@ class Checker:
             assert process.stdin is not None and process.stdout is not None
             self._asked += 1
             self._unanswered += 1
-            process.stdin.write(constraint.to_line(self._asked))
+            asked = True
+            try:
+                process.stdin.write(constraint.to_line(self._asked))
+            except RuntimeError:  # uvloop's, of a pipe that it has closed: the process ended before
+                asked = False
             while line := await process.stdout.readline():
                 number, grammar, refusal = json.loads(line)
                 self._unanswered -= number != READY
@@ -108,7 +112,7 @@ class Checker:
             self._process = None
             status = await process.wait()
             log.warning("the process that checks constraints ended with status %d", status)
-            if -status in _TOO_MUCH and self._unanswered == 1:
+            if asked and -status in _TOO_MUCH and self._unanswered == 1:
                 return "", "takes too much time or memory to compile; make it simpler"
         raise RuntimeError("the process that checks constraints ends again and again")
 

@@ -44,6 +44,7 @@ class Handoff:
         self._block_tokens = world.cluster.block_tokens
         self._hop_s = world.cluster.network_s
         self._over = False
+        self._submitted = False
         self._unread = 0
         self._last = False
         self._granted = False
@@ -75,7 +76,7 @@ class Handoff:
             self._world.network.stop(self._flow)
         if self._pull is not None:
             self._pull.abort()
-        if self._prefill.alive:
+        if self._prefill.alive and self._submitted:
             self._prefill.cancel(self.sequence)
         if self._decode.alive and self._reservation is not None:
             self._decode.reservations.drop(self._reservation)
@@ -97,9 +98,11 @@ class Handoff:
     def _submit(self) -> None:
         if self._over:
             return
+        self._submitted = True
         try:
             self._prefill.submit(self.sequence)
         except BatonError as error:
+            self._submitted = False
             self._give_up(error.openai_type)
 
     def announce(self, *, final: bool) -> None:

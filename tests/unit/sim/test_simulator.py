@@ -190,6 +190,13 @@ def test_requests_that_can_never_fit_fail_by_name() -> None:
     assert report.summary.errors == {"service_unavailable_error": 1}
 
 
+def test_what_a_prefill_worker_refuses_is_computed_elsewhere() -> None:
+    cluster = SimCluster((spec(Role.PREFILL, max_waiting=1), spec(Role.DECODE)), BLOCK, policy="round-robin")
+    report = run(cluster, [TraceRow(0.0, 800, 2) for _ in range(20)])
+    assert report.summary.failed == 0
+    assert min(worker.computed_tokens for worker in report.workers) > 0
+
+
 def test_the_door_turns_away_what_would_wait_too_long() -> None:
     limits = Limits(4, 2, 2, {"interactive": 0.5, "batch": 5.0})
     rows = [TraceRow(0.0, 800, 40) for _ in range(40)]
