@@ -362,7 +362,8 @@ class Engine:
         if choice.guide is not None:
             complete = reason is not FinishReason.STOP and choice.guide.complete(choice.tokens)
             if choice.guide.failure:
-                return self._misguided(choice, choice.guide.failure)
+                self._drop(choice)
+                return Output(choice, error=choice.guide.failure, misguided=True)
             reason = FinishReason.STOP if complete else reason
         ready = None
         if choice.work is Work.PREFILL:
@@ -395,10 +396,6 @@ class Engine:
         if choice.output_len >= sampling.max_tokens or len(choice.tokens) >= self.stop_rule.max_model_len:
             return FinishReason.LENGTH
         return None
-
-    def _misguided(self, choice: Choice, failure: str) -> Output:
-        self._drop(choice)
-        return Output(choice, error=failure, misguided=True)
 
     def _fail(self, batch: list[Scheduled], error: Exception) -> None:
         log.error("engine step failed; its %d requests end with an error", len(batch), exc_info=error)

@@ -18,12 +18,16 @@ request, and a network that is cut for a while breaks one connection after anoth
 
 
 class Attempts:
-    """The placements of one request, of which `most` in a row may end without having brought a token."""
+    """The placements of one request, of which `most` in a row may end without having brought a token.
 
-    def __init__(self, most: int) -> None:
+    Times are in seconds of any clock.
+    """
+
+    def __init__(self, most: int, now_s: float) -> None:
         self._most = most
         self._failed = NOBODY
         self._again = False
+        self._went_on_s = now_s
         self.left = most
         """Placements that there may still be if none brings anything."""
 
@@ -38,11 +42,14 @@ class Attempts:
         """Seconds for which it may wait to be placeable."""
         return REPLACEMENT_WAIT_S if self._again else FIRST_WAIT_S
 
-    def failed(self, worker_id: str | None, tokens: int, *, counts: bool = True) -> bool:
-        """A placement brought so many tokens and ended early, through a worker if it is at fault: may there
-        be another?"""
+    def failed(self, worker_id: str | None, tokens: int, now_s: float, *, broke: bool = False) -> bool:
+        """A placement brought so many tokens and ended early, through a worker if it is at fault, perhaps
+        because its connection `broke`: may there be another?"""
         if worker_id is not None:
             self._failed |= {worker_id}
         self._again = True
-        self.left = (self._most if tokens else self.left) - counts
+        if tokens:
+            self._went_on_s, self.left = now_s, self._most
+        if not broke or now_s - self._went_on_s > BREAKS_S:
+            self.left -= 1
         return self.left > 0

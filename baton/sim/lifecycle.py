@@ -112,7 +112,7 @@ class Lifecycle:
             decode = self._fleet.workers.get(job.placement.decode.worker_id)
             if decode is not None:
                 decode.jobs.pop(job, None)
-        if job.attempts.failed(worker_id, job.output - job.placed_output):
+        if job.attempts.failed(worker_id, job.output - job.placed_output, self._world.clock.now_s):
             self._world.clock.after(after_s, self.place, job)
         else:
             self._give_up(job, reason)

@@ -154,7 +154,8 @@ class _Simulation:
     def _arrive(self, request: SimRequest, workload: Iterator[SimRequest]) -> None:
         self._expect(workload)
         number = next(self._numbers)
-        job = Job(number, request, number % len(self._routers), Attempts(self.cluster.placements))
+        attempts = Attempts(self.cluster.placements, self.clock.now_s)
+        job = Job(number, request, number % len(self._routers), attempts)
         self._jobs[job] = None
         if self._watch is not None:
             self._watch.arrived(request.prompt_tokens)

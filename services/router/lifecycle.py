@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from baton.routing import Unplaceable
-from baton.routing.attempts import BREAKS_S, Attempts
+from baton.routing.attempts import Attempts
 from baton.text import Tokenizer
 from services.router.choice import Choice
 from services.router.failures import PlacementFailed
@@ -111,10 +111,9 @@ class Lifecycle:
 
     async def _follow(self, choice: Choice, generation: Generation) -> None:
         """From placement to placement until the choice has ended, or too many brought nothing in a row."""
-        attempts = Attempts(self._max_placements)
-        losses: list[Loss] = []
         clock = asyncio.get_running_loop().time
-        went_on_s = clock()
+        attempts = Attempts(self._max_placements, clock())
+        losses: list[Loss] = []
         while True:
             begun_at = len(choice.output)
             try:
@@ -128,11 +127,10 @@ class Lifecycle:
                 tokens = len(choice.output) - begun_at
                 if tokens:
                     losses.clear()
-                    went_on_s = clock()
                 if failure.loss is not None:
                     losses.append(failure.loss)
-                counts = failure.reason != "session_broken" or clock() - went_on_s > BREAKS_S
-                if not attempts.failed(failure.avoid, tokens, counts=counts):
+                broke = failure.reason == "session_broken"
+                if not attempts.failed(failure.avoid, tokens, clock(), broke=broke):
                     raise failure.final from failure
                 self._metrics.replaced(failure.reason)
 

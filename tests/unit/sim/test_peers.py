@@ -15,7 +15,7 @@ BLOCK = 16
 
 def sequence(number: int, tokens: int) -> SimSequence:
     *_, request = from_trace([TraceRow(0.0, tokens, 10)] * number, BLOCK)
-    return SimSequence(Job(number, request, 0, Attempts(1)), BLOCK)
+    return SimSequence(Job(number, request, 0, Attempts(1, 0.0)), BLOCK)
 
 
 def step(scheduler: PrefillFirst) -> list[tuple[int, int]]:
