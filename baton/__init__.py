@@ -4,5 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# gRPC's C core reads this when it is imported; below errors it writes of every connection that ends.
+# gRPC's C core reads these when it is imported. Below errors it writes of every connection that ends.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# Else it polls in a fork, too, which now and then ends with SIGSEGV before it becomes another program.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")

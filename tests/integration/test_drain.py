@@ -81,7 +81,7 @@ def test_a_drained_decode_worker_gives_its_streams_away_with_their_kv(pair: Clus
         after - before for after, before in zip(found["after"], found["before"], strict=True)
     )
     assert found["unfinished"] == 0
-    assert moved == found["running"] > 3
+    assert 3 < moved <= found["running"]  # some come to a stop string meanwhile
     assert (computed, replaced) == (0, 0)
     assert read >= moved * left.layout.block_bytes
     restart(pair, "decode-0")
