@@ -61,6 +61,7 @@ class Sight:
         starting: workers of each role that were asked for and are not live yet.
         gpus: devices that all workers take, those that start or drain included.
         block_tokens: tokens per KV block.
+        staying: workers that may not be removed, whatever role they are in now.
     """
 
     now_s: float
@@ -72,6 +73,7 @@ class Sight:
     starting: Mapping[Role, int]
     gpus: int
     block_tokens: int
+    staying: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,9 @@ class Controller:
         """Where no worker may flip and no device is free: one of the idler role goes, to make room."""
         away = _OTHER[load.busier]
         moving = any(sight.starting.values()) or len(state.workers) < len(sight.workers)
-        if self._aims.flip_share or moving or not state.spare(away):
+        worker = state.removable(away)
+        if self._aims.flip_share or moving or worker is None:
             return []
-        worker = state.idlest(away)
         if not state.gains(load, state.flipped(worker, load.busier)):
             return []
         return [Remove(worker.worker_id, away, f"{load} of capacity, and no device is free")]
@@ -210,7 +212,7 @@ class Controller:
         removed: list[Decision] = []
         ceiling = (1 - self._aims.gain) * self._aims.utilization
         for _ in range(max(1, over, int(_SHRINK_SHARE * len(state.workers)))):
-            choices = [state.idlest(role) for role in (Role.PREFILL, Role.DECODE) if state.spare(role)]
+            choices = [one for role in (Role.PREFILL, Role.DECODE) if (one := state.removable(role))]
             if not choices:
                 break
             worker = min(choices, key=lambda one: state.without(one).worst)
@@ -231,6 +233,7 @@ class _State:
         self.most_flips = max(1, int(aims.flip_share * len(workers))) if aims.flip_share else 0
         self._need = need
         self._aims = aims
+        self._staying = sight.staying
         self._capacities = {
             worker.worker_id: capacity_of(worker, need, aims.tpot_s, sight.block_tokens) for worker in workers
         }
@@ -261,9 +264,12 @@ class _State:
         return len(self._members[role]) > self._aims.least[role]
 
     def idlest(self, role: Role) -> WorkerView:
-        return min(
-            self._members[role], key=lambda one: (one.queued_tokens, one.running + one.waiting, one.worker_id)
-        )
+        return min(self._members[role], key=_business)
+
+    def removable(self, role: Role) -> WorkerView | None:
+        """The idlest worker that may go."""
+        going = [one for one in self._members[role] if one.worker_id not in self._staying]
+        return min(going, key=_business) if going and self.spare(role) else None
 
     def role(self, worker: WorkerView) -> Role:
         return Role.PREFILL if worker in self._members[Role.PREFILL] else Role.DECODE
@@ -289,6 +295,10 @@ class _State:
     def add(self, role: Role) -> None:
         """One more worker like the others will come."""
         self._coming = self._coming.plus(role, self._usual)
+
+
+def _business(worker: WorkerView) -> tuple[int, int, str]:
+    return worker.queued_tokens, worker.running + worker.waiting, worker.worker_id
 
 
 def _since(since_s: float | None, holds: bool, now_s: float) -> float | None:

@@ -24,6 +24,7 @@ ROLES = {
     worker_pb2.ROLE_DECODE: Role.DECODE,
     worker_pb2.ROLE_HYBRID: Role.HYBRID,
 }
+ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
 
 
 def encode_events(message: WorkerEvents) -> kvstore_pb2.IndexEvents:

@@ -9,26 +9,28 @@ from typing import Any
 
 import grpc
 
-from baton.rpc.kvstore_messages import ROLES
+from baton.rpc.kvstore_messages import ROLE_NUMBERS, ROLES
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.transfer.wire import layout_to_proto
 from baton.worker.convert import load_to
-from baton.worker.metrics import DRAINS, ROLE_CHANGES
+from baton.worker.metrics import DRAINS
 from baton.worker.peers import Peers
+from baton.worker.role import LONGEST_S, RoleKeeper
 from baton.worker.state import WorkerState
 
 # For routers to read their last outputs, after which a worker that leaves hangs up.
 _GOODBYE_S = 2.0
 
-ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
-
 
 class AdminService(worker_pb2_grpc.WorkerAdminServicer):
-    """`announce` is called after a change that the registry must know of."""
+    """`announce` is called when this worker drains, which the registry must know."""
 
-    def __init__(self, state: WorkerState, peers: Peers, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, state: WorkerState, peers: Peers, roles: RoleKeeper, announce: Callable[[], None]
+    ) -> None:
         self._state = state
         self._peers = peers
+        self._roles = roles
         self._announce = announce
 
     async def Status(
@@ -58,11 +60,11 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
     ) -> worker_pb2.SetRoleResponse:
         if request.role not in ROLES:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"role: {request.role} is not a role")
-        previous, role = self._state.role, ROLES[request.role]
-        if role is not previous:
-            self._state.become(role)
-            ROLE_CHANGES.labels(role.value).inc()
-        self._announce()
+        if not 0 <= request.for_s <= LONGEST_S:
+            message = f"for_s: {request.for_s:g} is not between 0 and {LONGEST_S:g} seconds"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+        previous = self._state.role
+        self._roles.give(ROLES[request.role], request.for_s)
         return worker_pb2.SetRoleResponse(previous=ROLE_NUMBERS[previous])
 
     async def Drain(

@@ -39,6 +39,7 @@ from baton.routing.pacing import Pace
 from baton.routing.rates import notably_differ
 from baton.routing.view import Curve, Role
 from baton.rpc.kvstore_client import WorkerMembership
+from baton.rpc.kvstore_messages import ROLE_NUMBERS
 from baton.rpc.probes import answer_probes
 from baton.rpc.registry_watch import Peer as KnownWorker
 from baton.rpc.registry_watch import PeerListener, RegistryWatch
@@ -49,7 +50,7 @@ from baton.tiers.store import TierStore
 from baton.transfer import create_transfer
 from baton.transfer.spread import SpreadTransfer
 from baton.transfer.wire import layout_to_proto
-from baton.worker.admin import ROLE_NUMBERS, AdminService, drain, end_sessions
+from baton.worker.admin import AdminService, drain, end_sessions
 from baton.worker.convert import load_to
 from baton.worker.devices import devices_of
 from baton.worker.grammars import Grammars
@@ -59,6 +60,7 @@ from baton.worker.metrics import EngineCollector, RequestMetrics, WorkerFacts
 from baton.worker.move import Mover
 from baton.worker.peers import Peers
 from baton.worker.pull import Puller
+from baton.worker.role import RoleKeeper
 from baton.worker.session import DecodeService
 from baton.worker.sizing import pool_blocks
 from baton.worker.startup import Startup
@@ -239,6 +241,7 @@ class Worker:
             worker_id=worker_id,
             incarnation=incarnation,
             role=Role(chosen.role),
+            own_role=Role(chosen.role),
             model=ServedModel(
                 model_name,
                 model.config.vocab_size,
@@ -273,7 +276,9 @@ class Worker:
         decode = DecodeService(state, reader, puller, Mover(state, peers, chosen.handoff_timeout_s))
         server.add(worker_pb2_grpc.add_DecodeServicer_to_server, decode, "baton.v1.Decode")
         server.add(worker_pb2_grpc.add_KvServicer_to_server, KvService(state, puller), "baton.v1.Kv")
-        admin = AdminService(state, peers, worker.announce)
+        roles = RoleKeeper(state, worker.announce, asyncio.get_running_loop().call_later)
+        stack.callback(roles.close)
+        admin = AdminService(state, peers, roles, worker.announce)
         server.add(worker_pb2_grpc.add_WorkerAdminServicer_to_server, admin, "baton.v1.WorkerAdmin")
         engine.start()
         await server.start()
@@ -285,6 +290,7 @@ class Worker:
         description = kvstore_pb2.Worker()
         description.CopyFrom(self._description)
         description.role = ROLE_NUMBERS[self._state.role]
+        description.own_role = ROLE_NUMBERS[self._state.own_role]
         rates = self._tier_rates()
         description.host_bytes_per_s = rates.get(Tier.HOST, 0.0)
         description.disk_bytes_per_s = rates.get(Tier.DISK, 0.0)

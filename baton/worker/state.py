@@ -61,12 +61,13 @@ class RouterSession(Protocol):
 
 @dataclass
 class WorkerState:
-    """One worker process. `role` and `draining` change, as `become` and `drain` say; the rest is fixed at
-    start. `routers` are the sessions by router."""
+    """One worker process. `role`, `own_role` (to which it returns from one that it is lent) and `draining`
+    change, as `RoleKeeper` and `drain` say; the rest is fixed at start. `routers` are their sessions."""
 
     worker_id: str
     incarnation: str
     role: Role
+    own_role: Role
     model: ServedModel
     layout: KvLayout
     engine: Engine

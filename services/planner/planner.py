@@ -17,7 +17,8 @@ from baton.config import PlannerSettings
 from baton.planning.controller import Add, Aims, Controller, Decision, Flip, Remove, Sight
 from baton.routing import Role
 from baton.rpc.channels import open_channel
-from baton.rpc.registry_watch import RegistryWatch
+from baton.rpc.kvstore_messages import ROLE_NUMBERS
+from baton.rpc.registry_watch import Peer, RegistryWatch
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from services.planner.demand import Routers
 from services.planner.leader import Leadership
@@ -27,7 +28,8 @@ from services.planner.workloads import Deployments, Workload
 log = logging.getLogger(__name__)
 
 _FLIP_TIMEOUT_S = 5.0
-_ROLE_NUMBERS = {Role.PREFILL: worker_pb2.ROLE_PREFILL, Role.DECODE: worker_pb2.ROLE_DECODE}
+# A planner that is away for as long as it takes to start another, or that misses some rounds, is nothing yet.
+_LEAST_LOAN_S, _LOAN_ROUNDS = 30.0, 6
 _REFUSALS = (ApiException, aiohttp.ClientError, grpc.aio.AioRpcError, TimeoutError, OSError)
 
 
@@ -50,6 +52,7 @@ class Planner:
         self._metrics = metrics
         self._aims = aims_of(settings)
         self._controller = Controller(self._aims)
+        self._loan_s = max(_LEAST_LOAN_S, _LOAN_ROUNDS * settings.plan_interval_s)
         self._reported: frozenset[tuple[str, Role]] = frozenset()
 
     async def run(self) -> None:
@@ -59,12 +62,32 @@ class Planner:
         while True:
             await asyncio.sleep(self._settings.plan_interval_s)
             now_s = time.monotonic()
+            await self._renew()
             try:
                 await self._round(now_s, now_s - last_s)
             except _REFUSALS as error:
                 log.warning("this round is left out: %s", _said(error))
                 self._metrics.rounds.labels("failed").inc()
             last_s = now_s
+
+    async def _renew(self) -> None:
+        """Lend the roles that workers are lent for longer: those that this planner gave, or one before it."""
+        if self._settings.dry_run or not self._reach.leadership.leading:
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for peer in list(self._reach.registry.peers.values()):
+                worker = peer.worker
+                if (
+                    worker.own_role not in (worker_pb2.ROLE_UNSPECIFIED, worker.role)
+                    and not peer.view.draining
+                ):
+                    tasks.create_task(self._renew_one(peer))
+
+    async def _renew_one(self, peer: Peer) -> None:
+        try:
+            await self._lend(peer, peer.view.role)
+        except _REFUSALS as error:
+            log.warning("the role of %s is not lent for longer: %s", peer.view.worker_id, _said(error))
 
     async def _round(self, now_s: float, elapsed_s: float) -> None:
         reach = self._reach
@@ -87,6 +110,7 @@ class Planner:
             starting=starting(workloads, [worker.worker_id for worker in workers]),
             gpus=devices(workloads, [worker.worker_id for worker in workers], self._aims.gpus),
             block_tokens=next((p.worker.layout.block_size for p in reach.registry.peers.values()), 0) or 16,
+            staying=staying(workloads, [worker.worker_id for worker in workers], self._aims.least),
         )
         verdict = self._controller.decide(sight)
         live = Counter(Role.DECODE if worker.role.decodes else Role.PREFILL for worker in workers)
@@ -115,7 +139,10 @@ class Planner:
         try:
             match decision:
                 case Flip(worker_id, role):
-                    await self._flip(worker_id, role)
+                    peer = self._reach.registry.peers.get(worker_id)
+                    if peer is None:
+                        return
+                    await self._lend(peer, role)
                 case Add(role, count):
                     if deployments is None or role not in workloads:
                         return
@@ -149,13 +176,12 @@ class Planner:
         except _REFUSALS as error:
             log.warning("no Event for it: %s", _said(error))
 
-    async def _flip(self, worker_id: str, role: Role) -> None:
-        peer = self._reach.registry.peers.get(worker_id)
-        if peer is None:
-            return
+    async def _lend(self, peer: Peer, role: Role) -> None:
+        # Without a planner, those that come back to decoding are there before others leave it.
+        for_s = self._loan_s + (_FLIP_TIMEOUT_S + self._settings.plan_interval_s if role.decodes else 0)
         async with open_channel(peer.view.address) as channel:
             await worker_pb2_grpc.WorkerAdminStub(channel).SetRole(
-                worker_pb2.SetRoleRequest(role=_ROLE_NUMBERS[role]), timeout=_FLIP_TIMEOUT_S
+                worker_pb2.SetRoleRequest(role=ROLE_NUMBERS[role], for_s=for_s), timeout=_FLIP_TIMEOUT_S
             )
 
 
@@ -186,6 +212,15 @@ def starting(workloads: Mapping[Role, Workload], worker_ids: Sequence[str]) -> M
         role: max(0, workload.replicas - sum(map(workload.has, worker_ids)))
         for role, workload in workloads.items()
     }
+
+
+def staying(
+    workloads: Mapping[Role, Workload], worker_ids: Sequence[str], least: Mapping[Role, int]
+) -> frozenset[str]:
+    """The workers of workloads that are as small as they may be. Without a planner roles that were lent end,
+    and then there have to be workers whose own role each one is."""
+    smallest = [workload for role, workload in workloads.items() if workload.replicas <= least[role]]
+    return frozenset(one for one in worker_ids if any(workload.has(one) for workload in smallest))
 
 
 def devices(workloads: Mapping[Role, Workload], worker_ids: Sequence[str], gpus: Mapping[Role, int]) -> int:

@@ -147,6 +147,41 @@ def test_what_has_not_moved_in_time_is_replayed(start_cluster: StartCluster) -> 
         assert replacements(alone) > 0
 
 
+async def lend(cluster: Cluster, worker_id: str, role: worker_pb2.Role.ValueType, for_s: float) -> None:
+    async with grpc.aio.insecure_channel(cluster.workers()[worker_id]) as channel:
+        request = worker_pb2.SetRoleRequest(role=role, for_s=for_s)
+        await worker_pb2_grpc.WorkerAdminStub(channel).SetRole(request, timeout=10)
+
+
+def test_a_lent_role_that_ends_under_load_costs_no_token(pair: Cluster) -> None:
+    """prefill-0 helps to decode until nobody lends it that role any longer; its streams move."""
+    asked = bodies("lent", 12, TOKENS)
+    undisturbed = asyncio.run(streams(pair, asked))
+    replaced = replacements(pair)
+    asyncio.run(lend(pair, "prefill-0", worker_pb2.ROLE_DECODE, 600))
+    until(lambda: pair.status("prefill-0").role == worker_pb2.ROLE_DECODE, "prefill-0 does not decode")
+
+    async def end() -> None:
+        assert pair.status("prefill-0").load.running > 0
+        await lend(pair, "prefill-0", worker_pb2.ROLE_DECODE, 0.05)
+        async with asyncio.timeout(60):
+            while pair.status("prefill-0").load.running:
+                await asyncio.sleep(0.01)
+
+    assert asyncio.run(streams(pair, asked, end)) == undisturbed
+    assert replacements(pair) == replaced
+    assert pair.status("prefill-0").role == worker_pb2.ROLE_PREFILL
+    assert asyncio.run(streams(pair, asked)) == undisturbed
+
+
+@pytest.mark.parametrize("for_s", [-1.0, float("nan"), float("inf"), 1e9])
+def test_no_role_is_lent_for_a_time_that_is_none(pair: Cluster, for_s: float) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="for_s") as refusal:
+        asyncio.run(lend(pair, "decode-0", worker_pb2.ROLE_PREFILL, for_s))
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert pair.status("decode-0").role == worker_pb2.ROLE_DECODE
+
+
 def test_a_role_changes_under_load_without_a_lost_token(pair: Cluster) -> None:
     """decode-0 becomes a prefill worker and back; its streams move, and it works in its new role."""
     asked = bodies("role", 10, TOKENS)
@@ -154,10 +189,7 @@ def test_a_role_changes_under_load_without_a_lost_token(pair: Cluster) -> None:
     replaced = replacements(pair)
 
     async def become(role: worker_pb2.Role.ValueType) -> None:
-        async with grpc.aio.insecure_channel(pair.workers()["decode-0"]) as channel:
-            await worker_pb2_grpc.WorkerAdminStub(channel).SetRole(
-                worker_pb2.SetRoleRequest(role=role), timeout=10
-            )
+        await lend(pair, "decode-0", role, 0)
 
     async def prefill() -> None:
         assert pair.status("decode-0").load.running > 0

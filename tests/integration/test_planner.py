@@ -1,4 +1,4 @@
-"""Does a planner beside a running cluster change roles with what is asked of it, and lose nothing?"""
+"""Does a planner change a running cluster's roles with what is asked of it, and what is left when it dies?"""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ BUSY = ("--plan-interval-s", "0.5", "--target-utilization", "0.05")
 
 
 @contextmanager
-def planner(cluster: Cluster, folder: Path, *flags: str) -> Iterator[Path]:
-    """A planner of its own for the cluster; gives its log."""
+def planner(cluster: Cluster, folder: Path, *flags: str) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A planner of its own for the cluster; gives its log and its process, which may be killed."""
     log = folder / "planner.log"
     command = [sys.executable, "-m", "services.planner", "--kvstore", cluster.kvstore_address]
     command += ["--router-metrics", cluster.own_url.removeprefix("http://"), *BUSY, *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stderr=output, stdin=subprocess.DEVNULL)
         try:
-            yield log
-            process.terminate()
-            assert process.wait(20) == 0
+            yield log, process
+            if process.poll() is None:
+                process.terminate()
+                assert process.wait(20) == 0
         finally:
             process.kill()
             process.wait()
@@ -67,15 +68,19 @@ def roles(cluster: Cluster) -> list[int]:
     return [cluster.status(worker_id).role for worker_id in cluster.workers()]
 
 
-def test_prompts_turn_a_decode_worker_into_a_prefill_worker_under_load(
+def test_prompts_turn_a_decode_worker_into_a_prefill_worker_for_as_long_as_there_is_a_planner(
     start_cluster: StartCluster, tmp_path: Path
 ) -> None:
     with start_cluster("--prefill", "1", "--decode", "2") as cluster:
-        with planner(cluster, tmp_path, "--dry-run") as log:
+        with planner(cluster, tmp_path, "--dry-run") as (log, _):
             ends = asyncio.run(ask(cluster, lambda: "would flip decode" in log.read_text()))
         assert sorted(roles(cluster)) == [PREFILL, DECODE, DECODE]
-        with planner(cluster, tmp_path):
+        with planner(cluster, tmp_path) as (_, process):
             ends += asyncio.run(ask(cluster, lambda: roles(cluster).count(PREFILL) == 2))
             ends += asyncio.run(ask(cluster, lambda: True))
+            process.kill()
+            process.wait()
+        ends += asyncio.run(ask(cluster, lambda: sorted(roles(cluster)) == [PREFILL, DECODE, DECODE]))
+        ends += asyncio.run(ask(cluster, lambda: True))
     assert len(ends) > 8
     assert set(ends) <= {"length", "stop"}

@@ -111,6 +111,7 @@ class Worker(_message.Message):
     DISK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     ITL_TARGET_S_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    OWN_ROLE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -127,6 +128,8 @@ class Worker(_message.Message):
     """What its steps in which requests decode should take at most; 0: no such target."""
     tensor_parallel: _builtins.int
     """devices that its model is spread over"""
+    own_role: _worker_pb2.Role.ValueType
+    """other than `role` while it is lent that; see SetRoleRequest.for_s"""
     @_builtins.property
     def layout(self) -> _worker_pb2.KvLayout: ...
     @_builtins.property
@@ -151,10 +154,11 @@ class Worker(_message.Message):
         disk_bytes_per_s: _builtins.float = ...,
         itl_target_s: _builtins.float = ...,
         tensor_parallel: _builtins.int = ...,
+        own_role: _worker_pb2.Role.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "decode_curve", b"decode_curve", "device", b"device", "disk_bytes_per_s", b"disk_bytes_per_s", "host_bytes_per_s", b"host_bytes_per_s", "incarnation", b"incarnation", "itl_target_s", b"itl_target_s", "layout", b"layout", "max_model_len", b"max_model_len", "model", b"model", "prefill_curve", b"prefill_curve", "role", b"role", "tensor_parallel", b"tensor_parallel", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "decode_curve", b"decode_curve", "device", b"device", "disk_bytes_per_s", b"disk_bytes_per_s", "host_bytes_per_s", b"host_bytes_per_s", "incarnation", b"incarnation", "itl_target_s", b"itl_target_s", "layout", b"layout", "max_model_len", b"max_model_len", "model", b"model", "own_role", b"own_role", "prefill_curve", b"prefill_curve", "role", b"role", "tensor_parallel", b"tensor_parallel", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

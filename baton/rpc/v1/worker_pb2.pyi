@@ -1228,15 +1228,21 @@ class SetRoleRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
+    FOR_S_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
+    for_s: _builtins.float
+    """Seconds for which the worker is lent the role, counted anew by each call; then it returns to its own, as if
+    told to. 0: the role is its own from now on.
+    """
     def __init__(
         self,
         *,
         role: Global___Role.ValueType = ...,
+        for_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["for_s", b"for_s", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

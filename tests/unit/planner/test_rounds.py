@@ -16,6 +16,7 @@ from aiohttp import web
 from baton.config import PlannerSettings
 from baton.planning.demand import Arrived, Ended
 from baton.routing import Curve, Role, WorkerView
+from baton.rpc.kvstore_messages import ROLE_NUMBERS, ROLES
 from baton.rpc.registry_watch import Peer
 from baton.rpc.v1 import kvstore_pb2, worker_pb2, worker_pb2_grpc
 from services.planner.demand import Routers, Tally, read_page
@@ -74,10 +75,16 @@ class Worker(worker_pb2_grpc.WorkerAdminServicer):
     role: Role
     address: str = ""
     told: list[int] = field(default_factory=list)
+    lent_s: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.own_role = self.role
 
     async def SetRole(self, request: Any, context: Any) -> worker_pb2.SetRoleResponse:
-        self.told.append(request.role)
-        self.role = Role.PREFILL if request.role == worker_pb2.ROLE_PREFILL else Role.DECODE
+        if ROLES[request.role] is not self.role:
+            self.told.append(request.role)
+        self.lent_s.append(request.for_s)
+        self.role = ROLES[request.role]
         return worker_pb2.SetRoleResponse()
 
     def peer(self) -> Peer:
@@ -89,7 +96,13 @@ class Worker(worker_pb2_grpc.WorkerAdminServicer):
             decode_curve=Curve(((1, 0.02), (32, 0.03))),
         )
         layout = worker_pb2.KvLayout(block_size=16)
-        return Peer(kvstore_pb2.Worker(worker_id=self.name, layout=layout), worker_pb2.WorkerLoad(), view)
+        worker = kvstore_pb2.Worker(
+            worker_id=self.name,
+            layout=layout,
+            role=ROLE_NUMBERS[self.role],
+            own_role=ROLE_NUMBERS[self.own_role],
+        )
+        return Peer(worker, worker_pb2.WorkerLoad(), view)
 
 
 class Registry:
@@ -185,6 +198,54 @@ async def test_a_burst_of_prompts_makes_a_decode_worker_prefill_and_an_event_say
     assert server.events[0]["reason"] == "RoleFlipped"
     assert "prefill" in server.events[0]["message"]
     assert server.replicas == {"llm-prefill": 1, "llm-decode": 3}
+
+
+async def test_a_lent_role_is_lent_on_by_whoever_leads_and_one_given_for_good_is_left_alone() -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=3)
+    async with planning("pddd", server, 0, budget_gpus=4, least_prefill=2) as workers:
+        before, lent, given = workers[0], workers[1], workers[2]
+        lent.role = given.role = given.own_role = Role.PREFILL
+        await until(lambda: len(lent.lent_s) > 3)
+        lent.own_role = Role.PREFILL  # an operator has said so
+        lent.lent_s.clear()
+        rounds = len(server.log)
+        await until(lambda: len(server.log) > rounds + 20)
+        assert len(lent.lent_s) <= 1  # which was on its way
+        assert not before.lent_s
+        assert not given.lent_s
+
+
+@pytest.mark.parametrize("how", [{"leads": False}, {"dry_run": True}])
+async def test_a_planner_that_does_not_act_lends_no_role_on(how: dict[str, bool]) -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=3)
+    async with planning("pddd", server, 0, **how) as workers:
+        workers[1].role = Role.PREFILL
+        await until(lambda: len(server.log) > 30)
+        assert not any(worker.lent_s for worker in workers)
+
+
+async def test_roles_are_lent_on_while_neither_routers_nor_the_api_server_answer() -> None:
+    server = ApiServer(llm_prefill=1, llm_decode=2)
+    server.refuse = 500
+    async with planning("pdd", server, 0) as workers:
+        workers[1].role = Role.PREFILL
+        await until(lambda: len(workers[1].lent_s) > 3)
+        # For longer than a planner's start takes, so that no role ends with the planner that gave it.
+        assert min(workers[1].lent_s) == 30
+        workers[0].role = Role.DECODE
+        await until(lambda: workers[0].lent_s)
+        # Whoever decodes stays until those that come back to decoding are there.
+        assert workers[0].lent_s[0] > max(workers[1].lent_s) + 5
+
+
+async def test_no_deployment_shrinks_to_where_nobody_is_left_whose_own_role_it_is() -> None:
+    server = ApiServer(llm_prefill=3, llm_decode=1)
+    async with planning("pppd", server, 0, budget_gpus=4, shrink_after_s=0.1) as workers:
+        workers[0].role = Role.DECODE
+        await until(lambda: server.replicas["llm-prefill"] == 2)
+        rounds = len(server.log)
+        await until(lambda: len(server.log) > rounds + 20)
+        assert server.replicas["llm-decode"] == 1
 
 
 async def test_what_flips_cannot_mend_raises_replicas_to_the_budget_and_not_beyond() -> None:

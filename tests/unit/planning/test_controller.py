@@ -40,6 +40,7 @@ class Cluster:
     starting: dict[str, tuple[Role, float]] = field(default_factory=dict)
     told: list[tuple[float, Decision]] = field(default_factory=list)
     started: int = 0
+    staying: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.controller = Controller(self.aims)
@@ -78,6 +79,7 @@ class Cluster:
                 starting={role: sum(one is role for one, _ in self.starting.values()) for role in ONE},
                 gpus=len(self.roles) + len(self.starting),
                 block_tokens=16,
+                staying=self.staying,
             )
         )  # fmt: skip
         for decision in verdict.decisions:
@@ -165,6 +167,16 @@ def test_a_long_lull_makes_workers_go_down_to_the_least() -> None:
 def test_more_workers_than_the_budget_allows_go_at_once() -> None:
     cluster = Cluster.of(5, 5, replace(AIMS, budget=8)).run(15, requests=10)
     assert len(cluster.roles) == 8
+
+
+def test_workers_that_have_to_stay_do_so_in_a_lull_and_beyond_the_budget() -> None:
+    cluster = Cluster.of(4, 4)
+    cluster.staying = frozenset({"d0", "d1", "p2"})
+    cluster.run(3600, requests=0.01)
+    assert set(cluster.roles) == cluster.staying
+    cluster.controller = Controller(replace(AIMS, budget=2))
+    cluster.run(60, requests=0.01)
+    assert set(cluster.roles) == cluster.staying
 
 
 def test_demand_is_what_arrives_and_not_what_comes_out() -> None:
