@@ -69,7 +69,8 @@ sbom: $(IMAGES:%=sbom-%)
 sbom-%: $(BIN)/syft
 	mkdir -p build
 	$(DOCKER) save -o build/$*.tar baton-$*:$(VERSION)
-	$(BIN)/syft scan --quiet docker-archive:build/$*.tar -o cyclonedx-json=build/baton-$*-$(VERSION).cdx.json
+	$(BIN)/syft scan --quiet docker-archive:build/$*.tar --source-name baton-$* --source-version $(VERSION) \
+	  -o cyclonedx-json=build/baton-$*-$(VERSION).cdx.json
 	rm build/$*.tar
 
 # The settings in values.schema.json, from baton/config.py.
