@@ -49,5 +49,5 @@ def one_round(
     check: Callable[..., None], number: int, examples: int, strategies: dict[str, st.SearchStrategy[Any]]
 ) -> None:
     """Try `examples` values, drawn by `number`; shrink and report what fails."""
-    tried = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    tried = settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     tried(seed(number)(given(**strategies)(check)))()

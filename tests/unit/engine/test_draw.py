@@ -46,7 +46,7 @@ def by_sorting(values: list[float], sampling: Sampling, uniform: float) -> int:
     raise AssertionError("the target lies beyond all tokens")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(logits, filters, st.integers(0, 2**20 - 1)), min_size=1, max_size=4))
 def test_the_draw_is_that_of_a_sort(rows) -> None:
     rows = [row for row in rows if max(row[0]) > -math.inf]

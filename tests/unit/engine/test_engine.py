@@ -45,7 +45,7 @@ class Scribbler(Collector):
             self.reserved = None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(prompts, st.integers(1, 20)), min_size=1, max_size=12),
     st.integers(13, 40),
@@ -61,7 +61,7 @@ def test_every_request_gets_its_tokens_whatever_is_preempted(overlap, requests, 
         assert running.pool.pinned == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(prompts, st.integers(1, 20), st.integers(0, 9)), min_size=1, max_size=10),
     st.integers(14, 24),
@@ -99,7 +99,7 @@ def test_preemption_happens_and_costs_no_token(overlap) -> None:
         assert all(running.collector.tokens[key] == expected([key] * 8, 16) for key in range(4))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(prompts, st.integers(1, 30), st.booleans()), min_size=1, max_size=10))
 def test_cancelled_requests_leave_nothing_behind(overlap, requests) -> None:
     with Running(blocks=24, overlap=overlap) as running:

@@ -82,7 +82,7 @@ def _take_over(
     return taken
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=20), min_size=1, max_size=5),
     after=st.lists(st.integers(1, 100), min_size=5, max_size=5),

@@ -122,7 +122,7 @@ samplings = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(samplings, min_size=1, max_size=6), st.integers(0, 2**31))
 def test_a_row_does_not_depend_on_its_batch(rows, seed) -> None:
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3

@@ -43,7 +43,7 @@ class ShelfTiers:
         raise AssertionError("there is no disk")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(prompts, st.integers(1, 12), st.booleans()), min_size=1, max_size=25),
     st.integers(11, 24),

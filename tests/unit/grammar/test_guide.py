@@ -116,14 +116,14 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
     return st.recursive(leaves, larger, max_leaves=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(schema=schemas(), seed=st.integers(0, 2**32))
 def test_an_answer_is_json_that_its_schema_allows(schema: dict[str, Any], seed: int) -> None:
     written = text_of(answer(Kind.JSON, json.dumps(schema), seed))
     jsonschema.validate(json.loads(written), schema)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(schema=schemas(), seed=st.integers(0, 2**32))
 def test_an_answer_that_is_resumed_anywhere_may_go_on_as_before(schema: dict[str, Any], seed: int) -> None:
     """As after a worker's death: its tokens come to another guide all at once."""

@@ -171,7 +171,7 @@ class ReplicaFollowsWorkers(RuleBasedStateMachine):
 
 
 TestReplicaFollowsWorkers = ReplicaFollowsWorkers.TestCase
-TestReplicaFollowsWorkers.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestReplicaFollowsWorkers.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_a_lookup_over_a_long_chain_probes_few_blocks() -> None:

@@ -49,7 +49,7 @@ class Workers:
         return {name: count for name, count in held.items() if count}
 
 
-@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 @given(seed=st.integers(0, 1 << 32))
 def test_memory_is_bounded_chains_stay_whole_and_those_in_use_stay(seed: int) -> None:
     workers = Workers(index := PrefixIndex(BOUND), seed)

@@ -183,7 +183,7 @@ class TiersMachine(RuleBasedStateMachine):
 
 
 TestTiers = TiersMachine.TestCase
-TestTiers.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestTiers.settings = settings(max_examples=150, stateful_step_count=50)
 
 
 def test_a_prefix_that_went_down_comes_back_from_host_and_disk() -> None:

@@ -48,7 +48,7 @@ class Index:
         self.bound.use([ids])
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @given(seed=st.integers(0, 1 << 32))
 def test_memory_is_bounded_chains_stay_whole_and_those_in_use_stay(seed: int) -> None:
     """Prompts come as they do: found in part by a router, then stored as a whole by the worker it chose."""

@@ -186,4 +186,4 @@ class SubscriberFollowsTheKvstore(RuleBasedStateMachine):
 
 
 TestSubscriberFollowsTheKvstore = SubscriberFollowsTheKvstore.TestCase
-TestSubscriberFollowsTheKvstore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSubscriberFollowsTheKvstore.settings = settings(max_examples=60, stateful_step_count=40)

@@ -153,7 +153,7 @@ def assert_bit_equal(subject: Subject, steps: list[list[tuple[int, int]]], seed:
 
 
 @given(steps=schedules(), seed=st.integers(0, 9))
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 def test_hidden_states_are_bit_equal_in_any_company(
     subject: Subject, steps: list[list[tuple[int, int]]], seed: int
 ) -> None:

@@ -219,7 +219,7 @@ DEMANDS = st.lists(
 
 
 @given(DEMANDS, st.integers(1, 8), st.integers(1, 8), st.sampled_from([0.0, 0.25, 1.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_comes_the_budget_holds_and_no_role_is_left_empty(
     demands: list[tuple[float, int, int, int]], prefills: int, decoders: int, share: float
 ) -> None:
@@ -242,7 +242,7 @@ def test_whatever_comes_the_budget_holds_and_no_role_is_left_empty(
     st.lists(st.floats(0.97, 1.03), min_size=60, max_size=60),
     st.integers(1, 7),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_steady_demand_that_fits_never_flips_a_worker_back(
     requests: float, output: int, noise: list[float], prefills: int
 ) -> None:

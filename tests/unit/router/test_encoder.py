@@ -47,7 +47,7 @@ TEXTS = st.lists(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, special=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_text_has_the_tokens_the_reference_gives_it(kind: str, text: str, special: bool) -> None:
     expected = REFERENCES[kind].encode(text, add_special_tokens=special).ids
     assert ENCODERS[kind](text, special) == expected

@@ -61,7 +61,7 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = N
 
 @pytest.mark.parametrize("tokenizer", [BUNDLED, SENTENCEPIECE], ids=["byte-level", "byte-fallback"])
 @given(text=st.text(st.characters(codec="utf-8"), max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_join_to_the_text_and_never_split_a_character(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     pieces = pieces_of(tokenizer, ids)
@@ -71,14 +71,14 @@ def test_pieces_join_to_the_text_and_never_split_a_character(tokenizer: Tokenize
 
 
 @given(ids=st.lists(st.integers(0, 4200), max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_byte_level_pieces_join_to_what_the_library_decodes_whatever_the_tokens(ids: list[int]) -> None:
     assert "".join(pieces_of(BUNDLED, ids)) == BUNDLED.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("tokenizer", [BUNDLED, SENTENCEPIECE, METASPACE])
 @given(ids=st.lists(st.integers(0, 300) | st.just(UNKNOWN_ID), max_size=60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_tokens_can_be_detokenized(tokenizer: Tokenizer, ids: list[int]) -> None:
     pieces_of(tokenizer, ids)
     for token_id in ids:
@@ -139,7 +139,7 @@ def naive_end(text: str, stops: list[str]) -> tuple[int, str] | None:
     stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4, unique=True),
     include=st.booleans(),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_stops_are_found_as_in_the_whole_text(pieces: list[str], stops: list[str], include: bool) -> None:
     text = "".join(pieces)
     matcher = StopMatcher(stops, include_stop=include)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.engine.scheduler import Limits, Scheduled, Scheduler
@@ -115,7 +115,6 @@ def test_as_many_decode_as_meet_the_target_and_at_least_one(target_s: float, mos
     adopted=st.integers(0, 6),
     blocks=st.integers(40, 120),
 )
-@settings(deadline=None)
 def test_every_prompt_progresses_and_every_request_ends(
     prompts: list[int], target_s: float, adopted: int, blocks: int
 ) -> None:

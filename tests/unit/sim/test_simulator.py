@@ -100,7 +100,7 @@ def run(cluster: SimCluster, rows: Sequence[TraceRow], seed: int = 0) -> SimRepo
 
 class TestEverySimulation:
     @given(CLUSTERS, ROWS)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_ends_with_every_request_answered_in_full(
         self, cluster: SimCluster, rows: list[tuple[float, TraceRow]]
     ) -> None:
@@ -113,7 +113,7 @@ class TestEverySimulation:
         assert got == wanted
 
     @given(CLUSTERS, ROWS)
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_has_no_effect_before_its_cause(
         self, cluster: SimCluster, rows: list[tuple[float, TraceRow]]
     ) -> None:
@@ -125,7 +125,7 @@ class TestEverySimulation:
             assert 0 <= record.cached_tokens < record.input_tokens + record.output_tokens
 
     @given(CLUSTERS, ROWS)
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_keeps_workers_and_pools_within_what_they_have(
         self, cluster: SimCluster, rows: list[tuple[float, TraceRow]]
     ) -> None:
@@ -137,7 +137,7 @@ class TestEverySimulation:
             assert worker.received_bytes <= 12.5e9 * seconds * (1 + 1e-9) + 1
 
     @given(CLUSTERS, ROWS, st.integers(0, 3))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_is_the_same_again_with_the_same_seed(
         self, cluster: SimCluster, rows: list[tuple[float, TraceRow]], seed: int
     ) -> None:

@@ -33,7 +33,7 @@ def run(cluster: SimCluster, rows: Sequence[TraceRow], longest_leap: int) -> Sim
 
 
 @given(ROLES, ROWS, st.sampled_from([16, 64]), st.none() | st.floats(0.1, 2))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_leaps_end_as_steps_do(
     roles: tuple[Role, ...], rows: list[TraceRow], block_tokens: int, dies_at_s: float | None
 ) -> None:
