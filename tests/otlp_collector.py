@@ -47,14 +47,19 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             self._arrived.notify_all()
         return trace_service_pb2.ExportTraceServiceResponse()
 
-    def wait_for(self, names: set[str], timeout_s: float = 30) -> list[Span]:
-        """All spans, once there is one of each name.
+    def wait_for(self, names: set[str], prompt_tokens: int = 0, timeout_s: float = 30) -> list[Span]:
+        """All spans, once there is one of each name, and the chunks of `prompt_tokens`.
 
         Raises:
             AssertionError: some did not come.
         """
+
+        def complete() -> bool:
+            chunks = [span.attributes["tokens"] for span in self.spans if span.name == "chunk"]
+            return names <= {span.name for span in self.spans} and sum(chunks) >= prompt_tokens  # type: ignore[arg-type]
+
         with self._arrived:
-            came = self._arrived.wait_for(lambda: names <= {span.name for span in self.spans}, timeout_s)
+            came = self._arrived.wait_for(complete, timeout_s)
             assert came, f"of {names} only {[span.name for span in self.spans]} came"
             return list(self.spans)
 

@@ -16,6 +16,7 @@ from tests.otlp_collector import Collector, Span, running_collector
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 REMOTE = {"tokenize", "wait", "place", "stream", "queue", "prefill", "chunk", "handoff", "tail", "decode"}
+PROMPT_TOKENS = 100
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def traced(start_cluster: StartCluster, collector: Collector) -> Iterator[Cluste
 
 
 def ask(cluster: Cluster, **headers: str) -> httpx.Response:
-    prompt = [random.SystemRandom().randrange(100, 4000) for _ in range(100)]
+    prompt = [random.SystemRandom().randrange(100, 4000) for _ in range(PROMPT_TOKENS)]
     body = {"model": "baton-small", "prompt": prompt, "max_tokens": 4, "ignore_eos": True}
     return httpx.post(f"{cluster.base_url}/v1/completions", json=body, headers=headers, timeout=60)
 
@@ -45,7 +46,7 @@ def one(spans: list[Span], name: str) -> Span:
 
 def test_a_request_is_one_trace_over_router_and_both_workers(traced: Cluster, collector: Collector) -> None:
     answer = ask(traced, traceparent=f"00-{TRACE}-{PARENT}-01")
-    spans = collector.wait_for({"request", *REMOTE})
+    spans = collector.wait_for({"request", *REMOTE}, PROMPT_TOKENS)
     assert {span.trace_id for span in spans} == {TRACE}
     root = one(spans, "request")
     assert root.parent_id == PARENT
@@ -62,8 +63,12 @@ def test_a_request_is_one_trace_over_router_and_both_workers(traced: Cluster, co
         "decode-0",
     )
     for span in spans:
-        assert root.start_s - 0.01 <= span.start_s <= span.end_s <= root.end_s + 0.05, span
-    assert sum(span.attributes["tokens"] for span in spans if span.name == "chunk") == 100  # type: ignore[misc]
+        # Each process has read the wall clock once; who is scheduled late ends late.
+        assert root.start_s - 1 <= span.start_s <= span.end_s <= root.end_s + 1, span
+    prefill = one(spans, "prefill")
+    chunks = [span for span in spans if span.name == "chunk"]
+    assert all(prefill.start_s <= span.start_s <= span.end_s <= prefill.end_s for span in chunks)
+    assert sum(span.attributes["tokens"] for span in chunks) == PROMPT_TOKENS  # type: ignore[misc]
 
     collector.spans.clear()
     ask(traced, traceparent=f"00-{TRACE}-{PARENT}-00")  # its client has decided not to trace it
