@@ -9,8 +9,6 @@ import torch
 from baton.device import Device
 from baton.engine.sequence import Sequence as Choice
 
-_BITS = tuple(1 << bit for bit in range(8))
-
 
 def guided(choices: Sequence[Choice]) -> list[int]:
     """The rows of the sequences that have a guide."""
@@ -28,6 +26,7 @@ def forbidden(choices: Sequence[Choice], vocab_size: int, device: Device) -> tor
         choice.guide.fill(choice.tokens, row.data_ptr(), row.numel())
         if choice.guide.failure:
             row.fill_(255)
-    bits = device.tensor(_BITS, torch.uint8)
-    spread = device.send(allowed)[:, :, None].bitwise_and(bits)
+    sent = device.send(allowed)
+    bits = torch.arange(8, dtype=torch.uint8, device=sent.device)
+    spread = sent[:, :, None].bitwise_right_shift(bits).bitwise_and(1)
     return spread.eq(0).flatten(1)[:, :vocab_size]

@@ -14,6 +14,7 @@ from baton.sim.router import SimRouter
 from baton.sim.worker import SimWorker, World
 
 UNAVAILABLE = "service_unavailable_error"
+SESSION_BROKEN = "session_broken"
 
 
 class Lifecycle:
@@ -32,7 +33,7 @@ class Lifecycle:
         self._fleet = fleet
         self._routers = routers
         self._give_up = give_up
-        self._waiting: dict[Job, None] = {}
+        self._waiting: dict[Job, float] = {}  # until when, in seconds
 
     def place(self, job: Job) -> None:
         """Choose workers for a request and send it there."""
@@ -56,7 +57,7 @@ class Lifecycle:
     def lost(self, job: Job, worker_id: str) -> None:
         """A worker died with the request."""
         job.attempt += 1
-        self._again(job, worker_id, "session_broken", self._world.cluster.detect_s)
+        self._again(job, worker_id, SESSION_BROKEN, self._world.cluster.detect_s)
 
     # ---- a placement --------------------------------------------------------------------------
 
@@ -112,7 +113,8 @@ class Lifecycle:
             decode = self._fleet.workers.get(job.placement.decode.worker_id)
             if decode is not None:
                 decode.jobs.pop(job, None)
-        if job.attempts.failed(worker_id, job.output - job.placed_output, self._world.clock.now_s):
+        tokens, broke = job.output - job.placed_output, reason == SESSION_BROKEN
+        if job.attempts.failed(worker_id, tokens, self._world.clock.now_s, broke=broke):
             self._world.clock.after(after_s, self.place, job)
         else:
             self._give_up(job, reason)
@@ -121,10 +123,10 @@ class Lifecycle:
         """Until the cluster changes, as long as the request may."""
         if job in self._waiting:
             return
-        self._waiting[job] = None
-        self._world.clock.after(job.attempts.wait_s, self._expire, job, job.attempts.left)
+        until_s = self._waiting[job] = self._world.clock.now_s + job.attempts.wait_s
+        self._world.clock.after(job.attempts.wait_s, self._expire, job, until_s)
 
-    def _expire(self, job: Job, left: int) -> None:
-        if job in self._waiting and job.attempts.left == left:
+    def _expire(self, job: Job, until_s: float) -> None:
+        if self._waiting.get(job) == until_s:
             del self._waiting[job]
             self._give_up(job, UNAVAILABLE)
