@@ -1,6 +1,7 @@
 """baton: disaggregated LLM serving. The library; the processes are in `services/`."""
 
 import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -8,3 +9,8 @@ __version__ = "0.1.0"
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 # Else it polls in a fork, too, which now and then ends with SIGSEGV before it becomes another program.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
+if sys.version_info < (3, 11, 3):
+    from baton import old_timeouts
+
+    old_timeouts.use()
