@@ -176,6 +176,7 @@ class DayRun:
 def days(arguments: argparse.Namespace) -> list[Figure]:
     """The day on every fixed ratio, with scaling alone, and with flips."""
     offer = offer_of("distserve:opt-13b:1", OPT)
+    offer = replace(offer, spec=replace(offer.spec, itl_target_s=arguments.itl_target_s))
     requests = list(from_trace(day(arguments.hour_s), OPT.block_tokens))
 
     def fixed(prefills: int) -> SimCluster:
@@ -247,20 +248,21 @@ def _plot(runs: Sequence[DayRun], hour_s: float, file: Path) -> None:
     hours = [number / 20 for number in range(480)]
     load.plot(hours, [rate(hour) for hour in hours], color="black")
     load.set(ylabel="requests/s", title="Long prompts until 12, long answers from 14; a burst at 3")
-    for run in runs:
-        late.step(range(24), [100 * share for share in run.by_hour(hour_s)], where="post", label=run.name)
-    late.set(ylabel="in time, %", ylim=(0, 102))
-    late.legend(loc="lower left", frameon=False)
-    for run in runs:
+    for number, run in enumerate(runs):
+        color = f"C{number}"
+        shares = [100 * share for share in run.by_hour(hour_s)]
+        late.stairs(shares, range(25), baseline=None, color=color, label=run.name)
         history = run.planner.history if run.planner is not None else []
         for role, style in ((Role.PREFILL, "-"), (Role.DECODE, ":")):
             times = [moment.now_s / hour_s for moment in history]
             counts = [moment.workers.get(role, 0) for moment in history]
             if history:
                 label = f"{run.name}: {role.value}"
-                roles.step(times, counts, style, where="post", label=label)
+                roles.step(times, counts, style, where="post", color=color, label=label)
+    late.set(ylabel="in time, %", ylim=(0, 102))
+    late.legend(loc="lower right", frameon=False)
     roles.set(ylabel="workers", xlabel="hour", ylim=(0, BUDGET))
-    roles.legend(loc="upper left", frameon=False)
+    roles.legend(loc="center right", frameon=False)
     for axes in (load, late, roles):
         axes.grid(alpha=0.3)
     drawing.savefig(file)
@@ -289,8 +291,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--conversation", type=Path, help="Azure's conversation trace")
     parser.add_argument("--requests", type=int, default=3000, help="of each trace [3000]")
     parser.add_argument("--brute-force", action="store_true", help="simulate every smaller fleet")
-    parser.add_argument("--hour-s", type=float, default=120.0, help="seconds of an hour of the day [120]")
+    parser.add_argument("--hour-s", type=float, default=60.0, help="seconds of an hour of the day [60]")
     parser.add_argument("--start-s", type=float, default=30.0, help="seconds a new worker takes [30]")
+    parser.add_argument(
+        "--itl-target-s", type=float, default=0.0, help="the setting of that name of the day's workers [0]"
+    )
     parser.add_argument("--plot", type=Path, help="file for a plot of the day, such as day.svg")
     parser.add_argument("--quick", action="store_true", help="fewer requests, a shorter day")
     arguments = parser.parse_args()

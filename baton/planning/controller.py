@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.planning.capacity import NOTHING, Capacity, Load, Roles, capacity_of
 from baton.planning.demand import Arrived, Demand, Ended, Need
@@ -149,7 +149,7 @@ class Controller:
                 break
             worker = state.idlest(_OTHER[to])
             after = state.flipped(worker, to)
-            if not state.gains(before, after):
+            if not state.gains(before, after) or not state.keeps_up(worker, to):
                 break
             flips.append(Flip(worker.worker_id, to, f"{before} of capacity; {after} after the flip"))
             state.flip(worker, to)
@@ -232,6 +232,7 @@ class _State:
         self.workers = workers
         self.most_flips = max(1, int(aims.flip_share * len(workers))) if aims.flip_share else 0
         self._need = need
+        self._arriving = replace(need, prompts_per_s=need.arriving_per_s)
         self._aims = aims
         self._staying = sight.staying
         self._capacities = {
@@ -258,6 +259,12 @@ class _State:
     def gains(self, before: Load, after: Load) -> bool:
         """Whether a change lowers the load of the busier role enough to be worth it."""
         return after.worst < (1 - self._aims.gain) * before.worst
+
+    def keeps_up(self, worker: WorkerView, to: Role) -> bool:
+        """Whether after a flip the roles can do what arrives, or clearly more of it than now: to catch up
+        with what waits, a role gives no worker that it needs to keep up."""
+        after = self._roles.flipped(to, self._capacities[worker.worker_id]).load(self._arriving)
+        return after.worst <= 1 or self.gains(self._roles.load(self._arriving), after)
 
     def spare(self, role: Role) -> bool:
         """Whether a worker may leave the role."""

@@ -44,6 +44,7 @@ class Need:
 
     Attributes:
         prompts_per_s: that have to be computed to keep up and to catch up.
+        arriving_per_s: those of them that arrive.
         prompt_tokens: of one of them, those to be computed.
         decoding: requests that will decode at once (Little's law), or already do if those are more.
         request_tokens: of prompt and output of one request.
@@ -51,6 +52,7 @@ class Need:
     """
 
     prompts_per_s: float
+    arriving_per_s: float
     prompt_tokens: float
     decoding: float
     request_tokens: float
@@ -93,6 +95,7 @@ class Demand:
         under_way = sum(worker.running + worker.waiting for worker in workers if worker.role.decodes)
         return Need(
             prompts_per_s=arriving_per_s + (queued + waiting) / self._catch_up_s,
+            arriving_per_s=arriving_per_s,
             prompt_tokens=computed,
             decoding=max(float(under_way), arriving_per_s * decode_s / answers if answers else 0.0),
             request_tokens=length + output,

@@ -137,6 +137,14 @@ def test_a_burst_beyond_all_prefill_capacity_is_recovered_from() -> None:
     assert cluster.queued == 0
 
 
+def test_to_catch_up_no_role_gives_workers_that_it_needs_to_keep_up() -> None:
+    """Four workers are just enough for the prompts that come, three for what is decoded then."""
+    cluster = Cluster.of(4, 3, replace(AIMS, budget=7)).run(60, requests=20, output_tokens=170)
+    cluster.queued = 300
+    assert cluster.after(20, output_tokens=170).load.prefill > 2
+    assert cluster.run(30, requests=20, output_tokens=170).told == []
+
+
 def test_long_answers_take_workers_from_prefill() -> None:
     cluster = Cluster.of(6, 2).run(60, requests=5)
     cluster.run(120, requests=5, output_tokens=1600)
