@@ -90,6 +90,20 @@ class Tally:
         )
 
 
+async def _whole(response: aiohttp.ClientResponse) -> str:
+    """A page to its end, in however many pieces it comes: half of one would make counters fall.
+
+    Raises:
+        ValueError: it is too long, or no text.
+    """
+    page = bytearray()
+    async for piece in response.content.iter_any():
+        page += piece
+        if len(page) > _MOST_BYTES:
+            raise ValueError(f"its /metrics has more than {_MOST_BYTES} bytes")
+    return page.decode()
+
+
 class Routers:
     """The routers behind `address` (host:port of their metrics): all that the name stands for."""
 
@@ -122,7 +136,7 @@ class Routers:
         try:
             async with asyncio.timeout(_TIMEOUT_S), self._session.get(url) as response:
                 response.raise_for_status()
-                return read_page((await response.content.read(_MOST_BYTES)).decode())
+                return read_page(await _whole(response))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             log.warning("router at %s does not say what it does: %s", address, error or type(error).__name__)
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +65,31 @@ class TestTally:
         tally.take({"a": page(100)})
         assert tally.take({}).routers == 0
         assert tally.take({"a": page(150)}).arrived.requests == 50
+
+
+async def test_a_page_that_comes_in_pieces_is_read_to_its_end() -> None:
+    text = PAGE.format(arrived=130, tokens=8000, ended=20, outputs=500).encode()
+    pieces: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+            await asyncio.sleep(0.02)
+        return response
+
+    async with metrics_page(answer) as address, aiohttp.ClientSession() as session:
+        routers = Routers(address, session)
+        pieces[:] = [PAGE.format(arrived=100, tokens=5000, ended=10, outputs=0).encode()]
+        assert (await routers.look()).routers == 1
+        for cut in range(1, len(text), 40):
+            pieces[:] = [text[:cut], text[cut:]]
+            await routers.look()
+        pieces[:] = [PAGE.format(arrived=131, tokens=8100, ended=20, outputs=500).encode()]
+        assert (await routers.look()).arrived == Arrived(1, 100)
+        pieces[:] = [b"#" * 1_000_000] * 5
+        assert (await routers.look()).routers == 0
 
 
 @dataclass
@@ -141,6 +166,15 @@ async def router(per_look: int, prompt_tokens: int) -> AsyncIterator[str]:
             text=PAGE.format(arrived=arrived, tokens=arrived * prompt_tokens, ended=0, outputs=0)
         )
 
+    async with metrics_page(answer) as address:
+        yield address
+
+
+@asynccontextmanager
+async def metrics_page(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[str]:
+    """Serve /metrics; its host:port."""
     app = web.Application()
     app.router.add_get("/metrics", answer)
     runner = web.AppRunner(app)
