@@ -21,7 +21,7 @@ from typing import NamedTuple
 from baton.bench.summary import Targets
 from baton.planning.fleet import Fleet, Offer
 from baton.routing.candidates import least_disturbance_s
-from baton.routing.cost import HANDOFF_S, PAUSE
+from baton.routing.cost import HANDOFF_S
 from baton.sim.cluster import SimCluster
 from baton.sim.speed import Chunk, Speed
 from baton.sim.workload import SimRequest
@@ -108,7 +108,7 @@ def serve(
 
 def _here_s(decoder: _Decoder, compute_s: float, now_s: float) -> float:
     """What a prompt would cost on a decode worker, which others share."""
-    disturbs_s = max(PAUSE * decoder.occupied[0] * compute_s, least_disturbance_s(compute_s))
+    disturbs_s = max(decoder.occupied[0] * compute_s, least_disturbance_s(compute_s))
     return max(0.0, decoder.now_s - now_s) + compute_s + disturbs_s
 
 

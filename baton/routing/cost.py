@@ -21,8 +21,8 @@ HANDOFF_S = 0.001
 _SOURCES = 3
 """Workers considered to pull from: those that hold the most. Those that hold less save less."""
 
-PAUSE = 4.0
-"""How much more a wait in the middle of an answer counts than one before it."""
+_BREACH = 4.0
+"""How much more a wait counts that is longer than an ITL target allows than any other."""
 
 _FORESEEN_STEPS = 64
 """Decode steps over which a request's weight on its batch is counted: outputs end unannounced, so
@@ -164,17 +164,17 @@ def beside_decoding(worker: WorkerView, request: Request, prefill: PrefillCost) 
     """The prefill on a decode worker to which others bring prompts, and what it weighs that it disturbs.
 
     A worker that can keep to its ITL target meanwhile computes the prompt in smaller steps and disturbs
-    nobody beyond what was agreed to. Any other breaks off: a pause in the middle of answers is noticed more
-    than the same wait before one, so it counts `PAUSE` times; also for the requests whose prompts are being
-    prefilled elsewhere and that come meanwhile.
+    nobody beyond what was agreed to. Any other breaks off, which all wait for who decode there, and whose
+    prompts are being prefilled elsewhere and come meanwhile. That weighs more where it breaks the target.
     """
     pace = Pace(worker.itl_target_s, worker.prefill_curve, worker.decode_curve, log(worker.step_factor))
     paced_s = pace.paced_s(max(1, worker.running), request.prompt_tokens - prefill.cached_tokens)
-    if paced_s is None:
-        # Somebody will decode there meanwhile, where that is to take no longer than the target.
-        others = max(worker.running + worker.waiting, 1 if worker.itl_target_s else 0)
-        return prefill, PAUSE * others * prefill.compute_s
-    return prefill._replace(compute_s=max(paced_s, prefill.compute_s)), 0.0
+    if paced_s is not None:
+        return prefill._replace(compute_s=max(paced_s, prefill.compute_s)), 0.0
+    others = worker.running + worker.waiting
+    if not worker.itl_target_s:
+        return prefill, others * prefill.compute_s
+    return prefill, _BREACH * max(1, others) * prefill.compute_s  # there will be somebody meanwhile
 
 
 def transfer_s(decode: WorkerView, prefill: WorkerView, request: Request) -> float:

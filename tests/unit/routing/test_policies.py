@@ -83,12 +83,12 @@ class TestPrefix:
 
     @pytest.mark.parametrize("there", [{"running": 1}, {"waiting": 1}], ids=["decoding", "on its way"])
     def test_one_answer_is_reason_enough_to_wait_for_the_prefill_worker(self, there: dict[str, int]) -> None:
-        busy = prefiller(queued_tokens=1200, waiting=2)
+        busy = prefiller(queued_tokens=450, waiting=2)
         assert place(prompt(600), busy, decoder()).prefill is None
         assert place(prompt(600), busy, decoder(**there)).prefill is not None
 
     def test_a_decode_worker_that_keeps_to_its_itl_target_takes_a_prompt_beside_answers(self) -> None:
-        busy = prefiller(queued_tokens=3000, waiting=2)
+        busy = prefiller(queued_tokens=2000, waiting=2)
         assert place(prompt(600), busy, decoder(running=4)).prefill is not None
         assert place(prompt(600), busy, decoder(running=4, itl_target_s=0.05)).prefill is None
         assert place(prompt(600), busy, decoder(running=4, itl_target_s=0.001)).prefill is not None
