@@ -8,7 +8,7 @@ FIRST_WAIT_S = 2.0
 """For how long a new request waits for the cluster to change: the only decode worker may have lost its
 session for a moment, or another may be about to take over. Longer would keep it from another router."""
 
-REPLACEMENT_WAIT_S = 15.0
+REPLACEMENT_WAIT_S = 30.0
 """For how long a request that was placed before waits for the cluster to change: a worker that takes over may
 still be starting, which takes longer than to notice that one has died."""
 
