@@ -38,7 +38,7 @@ VLLM_APART, VLLM_WHOLE = "vLLM 1 prefill + 1 decode", "vLLM 2 workers"
 PLACEMENTS = {
     APART: ("--prefill", "1", "--decode", "1", "--policy", "least-loaded"),
     HYBRID: ("--hybrid", "2", "--policy", "prefix"),
-    # Without a target the router keeps prompts off the decode worker, for whatever that costs their TTFT.
+    # The target says how long prompts on the decode worker may keep the others waiting.
     FREE: ("--prefill", "1", "--decode", "1", "--policy", "prefix", "--itl-target-s", "0.1"),
 }
 
