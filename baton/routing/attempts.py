@@ -4,6 +4,9 @@ from __future__ import annotations
 
 NOBODY: frozenset[str] = frozenset()
 
+SESSION_BROKEN = "session_broken"
+"""Why a placement ended that lost its connection."""
+
 FIRST_WAIT_S = 2.0
 """For how long a new request waits for the cluster to change: the only decode worker may have lost its
 session for a moment, or another may be about to take over. Longer would keep it from another router."""
@@ -28,8 +31,7 @@ class Attempts:
         self._failed = NOBODY
         self._again = False
         self._went_on_s = now_s
-        self.left = most
-        """Placements that there may still be if none brings anything."""
+        self._left = most
 
     @property
     def avoiding(self) -> tuple[frozenset[str], ...]:
@@ -49,7 +51,7 @@ class Attempts:
             self._failed |= {worker_id}
         self._again = True
         if tokens:
-            self._went_on_s, self.left = now_s, self._most
+            self._went_on_s, self._left = now_s, self._most
         if not broke or now_s - self._went_on_s > BREAKS_S:
-            self.left -= 1
-        return self.left > 0
+            self._left -= 1
+        return self._left > 0

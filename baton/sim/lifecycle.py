@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from baton.errors import BatonError
 from baton.routing import Placement, Unplaceable
+from baton.routing.attempts import SESSION_BROKEN
 from baton.sim.fleet import Fleet
 from baton.sim.handoff import Handoff, Pull
 from baton.sim.job import Job, SimSequence
@@ -14,7 +15,6 @@ from baton.sim.router import SimRouter
 from baton.sim.worker import SimWorker, World
 
 UNAVAILABLE = "service_unavailable_error"
-SESSION_BROKEN = "session_broken"
 
 
 class Lifecycle:

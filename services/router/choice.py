@@ -9,6 +9,7 @@ from copy import deepcopy
 from baton.errors import Unavailable
 from baton.openai.answer import Piece
 from baton.routing import Placement, PullSource
+from baton.routing.attempts import SESSION_BROKEN
 from baton.rpc.v1 import inference_pb2, worker_pb2
 from baton.sampling import FinishReason, Sampling
 from baton.text import ChoiceText, Detokenizer, Tokenizer
@@ -96,7 +97,7 @@ class Choice:
                     leg = await self._follow_leg(leg)
         except SessionBroken as error:
             final = Unavailable(str(error))
-            raise PlacementFailed("session_broken", worker_id, final, error.loss) from error
+            raise PlacementFailed(SESSION_BROKEN, worker_id, final, error.loss) from error
         except ClientTooSlow as error:
             raise Unavailable(f"the client reads too slowly: {error}") from error
 

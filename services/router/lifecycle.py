@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from baton.routing import Unplaceable
-from baton.routing.attempts import Attempts
+from baton.routing.attempts import SESSION_BROKEN, Attempts
 from baton.text import Tokenizer
 from services.router.choice import Choice
 from services.router.failures import PlacementFailed
@@ -26,7 +26,7 @@ _FIRST_GUESS_TOKENS = 256.0
 _NEWEST_WEIGHT = 0.02
 
 # What ends placements on a worker that cannot be reached or read from.
-_BREAKS = frozenset({"handoff_failed", "session_broken"})
+_BREAKS = frozenset({"handoff_failed", SESSION_BROKEN})
 
 
 class ClusterChanges:
@@ -129,7 +129,7 @@ class Lifecycle:
                     losses.clear()
                 if failure.loss is not None:
                     losses.append(failure.loss)
-                broke = failure.reason == "session_broken"
+                broke = failure.reason == SESSION_BROKEN
                 if not attempts.failed(failure.avoid, tokens, clock(), broke=broke):
                     raise failure.final from failure
                 self._metrics.replaced(failure.reason)
