@@ -305,7 +305,7 @@ class ObservabilitySettings:
     )
     trace_share: float = setting(
         0.01,
-        "share of requests traced, as each costs the router half as much again; one that comes with a "
+        "share of requests traced, as that nearly doubles what one costs the router; one that comes with a "
         "traceparent is as that says",
         minimum=0,
         maximum=1,

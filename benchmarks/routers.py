@@ -108,11 +108,9 @@ def _starts(tokens: list[int]) -> list[tuple[int, ...]]:
 
 def served_by(cluster: Cluster) -> list[float]:
     """Requests that each router has placed."""
-    ports = [name.split()[1] for name in cluster.pids() if name.startswith("router ")]
-    addresses = [f"http://127.0.0.1:{port}" for port in ports] or [cluster.own_url]
     counts = []
-    for address in addresses:
-        families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
+    for own_url in cluster.own_urls:
+        families = text_string_to_metric_families(httpx.get(f"{own_url}/metrics").text)
         samples = [sample for family in families for sample in family.samples]
         counts.append(sum(one.value for one in samples if one.name == "vllm:request_success_total"))
     return counts

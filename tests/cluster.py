@@ -53,6 +53,12 @@ class Cluster:
         return "http://" + self._printed(r"(\S+) \(metrics\)")
 
     @property
+    def own_urls(self) -> list[str]:
+        """Of the port that each router alone has."""
+        ports = [name.split()[1] for name in self.pids() if name.startswith("router ")]
+        return [f"http://127.0.0.1:{port}" for port in ports] or [self.own_url]
+
+    @property
     def grpc_address(self) -> str:
         """Of the router's gRPC API (host:port)."""
         return self._printed(r"(\S+) \(gRPC\)")

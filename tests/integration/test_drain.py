@@ -29,26 +29,20 @@ def pair(start_cluster: StartCluster) -> Iterator[Cluster]:
         yield up
 
 
-def routers(cluster: Cluster) -> list[str]:
-    """The routers' own addresses."""
-    ports = [name.split()[1] for name in cluster.pids() if name.startswith("router ")]
-    return [f"127.0.0.1:{port}" for port in ports] or [cluster.own_url.removeprefix("http://")]
-
-
 def replacements(cluster: Cluster) -> float:
     """Placements that the routers have given up for another."""
-    return sum(counter(address, "baton_router_replacements_total") for address in routers(cluster))
+    return sum(counter(own_url, "baton_router_replacements_total") for own_url in cluster.own_urls)
 
 
 def wait_until_used(cluster: Cluster, worker_id: str) -> None:
     """Until every router would have the worker decode."""
 
-    def uses(router: str) -> bool:
-        route = httpx.get(f"http://{router}/debug/route", params={"prompt": "a"}, timeout=60).json()
+    def uses(own_url: str) -> bool:
+        route = httpx.get(f"{own_url}/debug/route", params={"prompt": "a"}, timeout=60).json()
         decoding = {candidate["decode"]["worker"] for candidate in route["candidates"]}
         return worker_id in decoding and worker_id not in route["backed_off"]
 
-    until(lambda: all(uses(router) for router in routers(cluster)), f"{worker_id} is not used")
+    until(lambda: all(uses(own_url) for own_url in cluster.own_urls), f"{worker_id} is not used")
 
 
 async def drained(cluster: Cluster, worker_id: str, timeout_s: float = 30.0) -> int:
