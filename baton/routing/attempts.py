@@ -11,9 +11,9 @@ FIRST_WAIT_S = 2.0
 """For how long a new request waits for the cluster to change: the only decode worker may have lost its
 session for a moment, or another may be about to take over. Longer would keep it from another router."""
 
-REPLACEMENT_WAIT_S = 30.0
+REPLACEMENT_WAIT_S = 60.0
 """For how long a request that was placed before waits for the cluster to change: a worker that takes over may
-still be starting, which takes longer than to notice that one has died."""
+still be starting, and a kvstore that would tell of it may be away meanwhile."""
 
 BREAKS_S = 30.0
 """For how long placements do not count that ended because a connection broke: that says nothing of the
