@@ -20,6 +20,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RoleName = Literal["prefill", "decode", "hybrid"]
 AttentionName = Literal["auto", "flashinfer", "flash", "native", "tiled"]
+ToolCallFormatName = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
 PolicyName = Literal["prefix", "least-loaded", "round-robin", "random", "session"]
 
 
@@ -151,6 +152,9 @@ class RouterSettings:
         False, "let other routers listen on the same two ports: the kernel spreads connections among them"
     )
     policy: PolicyName = setting("prefix", "how requests are placed")
+    tool_call_parser: ToolCallFormatName = setting(
+        "auto", "how the model writes calls of tools; auto is what its chat template asks it for"
+    )
     max_body_bytes: int = setting(
         8 * 1024 * 1024, "largest request read, an HTTP body or a gRPC message", minimum=1024
     )

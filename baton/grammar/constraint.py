@@ -17,6 +17,7 @@ class Kind(Enum):
     REGEX = "regex"  # a regular expression that the whole answer matches
     CHOICE = "choice"  # a JSON list of strings, one of which is the answer
     GRAMMAR = "grammar"  # a context-free grammar, in Lark's notation or in GBNF
+    LARK = "lark"  # one in Lark's notation, whatever it looks like
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,10 @@ class ChatShapes:
             content["usage"] = usage.shape()
         if not piece.first:
             return event(content)
+        return self._opening(index) + event(content)
+
+    def _opening(self, index: int) -> bytes:
+        """The event that a choice begins with."""
         opening: dict[str, Any] = {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -43,7 +47,7 @@ class ChatShapes:
         start = self._head.object("chat.completion.chunk", [opening])
         if self._request.return_token_ids:
             start["prompt_token_ids"] = list(self._prompt_token_ids)
-        return event(start) + event(content)
+        return event(start)
 
     def _content(self, index: int, piece: Piece) -> dict[str, Any]:
         choice = self._choice(index, piece)
@@ -64,11 +68,7 @@ class ChatShapes:
         """The body of an answer that is not streamed, from every choice's pieces."""
         request = self._request
         joined = [join(pieces) for pieces in choices]
-        shaped = []
-        for index, piece in enumerate(joined):
-            choice = self._choice(index, piece)
-            choice["message"] = {"role": "assistant", "content": piece.delta.text, "refusal": None}
-            shaped.append(choice)
+        shaped = [self._whole_choice(index, piece) for index, piece in enumerate(joined)]
         content = {**self._head.object("chat.completion", shaped), "usage": usage.shape()}
         if request.return_token_ids:
             content["prompt_token_ids"] = list(self._prompt_token_ids)
@@ -77,6 +77,11 @@ class ChatShapes:
                 joined[0].prompt_logprobs, request.prompt_logprobs
             )
         return content
+
+    def _whole_choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        choice = self._choice(index, piece)
+        choice["message"] = {"role": "assistant", "content": piece.delta.text, "refusal": None}
+        return choice
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
         request, delta = self._request, piece.delta

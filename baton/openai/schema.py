@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_TOOLS = 128
 
 Count = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
@@ -131,21 +132,75 @@ class TextPart(Struct, forbid_unknown_fields=True):
 Empty = Annotated[list[Any], Meta(max_length=0)]
 
 
+class CalledFunction(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`arguments` is JSON, as far as the model wrote it well."""
+
+    name: Name
+    arguments: str
+
+
+class ToolCall(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A call that an assistant made earlier; `index` is what clients keep of its stream."""
+
+    id: Name
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: Count | None = None
+
+
 class Message(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One message of a chat.
+    """One message of a chat; `tool_calls` are an assistant's, `tool_call_id` says which one a tool answers.
 
     The fields typed null are what clients send back with an assistant's earlier answer.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: Name | None = None
     reasoning_content: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Empty | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Name | None = None
     annotations: Empty | None = None
+
+
+# Nothing may follow, where `$` would let a line break.
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}(?![\s\S])")]
+
+
+class FunctionDefinition(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`parameters` is the JSON schema of an object; `strict` makes no difference: a call that the request
+    demands always keeps to it, one that the model chooses to make never has to."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Something that the model may call; functions are the only kind there is."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class ChosenFunction(Struct, forbid_unknown_fields=True):
+    """One of the request's tools, by name."""
+
+    name: FunctionName
+
+
+class ChosenTool(Struct, forbid_unknown_fields=True):
+    """The answer is a call of this function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
 
 
 class ChatRequest(RequestFields, kw_only=True):
@@ -157,6 +212,9 @@ class ChatRequest(RequestFields, kw_only=True):
     top_logprobs: TopLogprobs | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None  # auto where there are tools
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -165,6 +223,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

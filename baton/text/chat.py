@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import orjson
@@ -35,9 +36,14 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """One compiled template and the special tokens it may mention."""
+    """One compiled template, or one for chats with tools too, and the special tokens they may mention.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    `tool_source` is what chats with tools are rendered from, and `takes_tools` whether it looks at them.
+    """
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
+    ) -> None:
         """
         Raises:
             UnsupportedModel: the template is not valid Jinja.
@@ -50,50 +56,63 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self.tool_source = tool_source or source
+            self._tool_template = environment.from_string(self.tool_source)
+            mentioned = jinja2.meta.find_undeclared_variables(environment.parse(self.tool_source))
         except jinja2.TemplateError as error:
             raise UnsupportedModel(f"the model's chat template is not valid Jinja: {error}") from error
+        self.takes_tools = "tools" in mentioned
         self._special_tokens = dict(special_tokens)
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
         """The template of a model folder, or None when it has none.
 
-        `chat_template.jinja` wins over the entry of tokenizer_config.json; of several named
-        templates there, the one named default is taken.
+        `chat_template.jinja` wins over the entry of tokenizer_config.json; of several named templates
+        there, the one named default is taken, and the one named tool_use for chats with tools.
 
         Raises:
             UnsupportedModel: a file is there and cannot be read.
         """
         config = _read_json(folder / "tokenizer_config.json")
-        source = config.get("chat_template")
+        source, tool_source = config.get("chat_template"), None
         if isinstance(source, list):
             named = {entry["name"]: entry["template"] for entry in source}
-            source = named.get("default")
+            source, tool_source = named.get("default"), named.get("tool_use")
         file = folder / "chat_template.jinja"
         if file.is_file():
-            source = file.read_text(encoding="utf-8")
+            source, tool_source = file.read_text(encoding="utf-8"), None
         if not source:
             return None
-        return cls(source, _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config}))
+        special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
+        return cls(source, special_tokens, tool_source)
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt of a chat. `variables` are further names the template may ask for.
+        """The prompt of a chat, whose answer may call `tools`. `variables` are further names the template may
+        ask for.
 
         Raises:
             TemplateError: the template refuses the chat.
         """
-        names = {**self._special_tokens, **(variables or {})}
+        # Templates are written for transformers, where tools are there and None if there are none.
+        names = {**self._special_tokens, "tools": None, **(variables or {})}
         names.update(messages=messages, add_generation_prompt=add_generation_prompt)
+        template = self._template
+        if tools:
+            names["tools"], template = tools, self._tool_template
         try:
-            return self._template.render(names)
+            return template.render(names)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise TemplateError(str(error)) from error
+        except RecursionError as error:
+            raise TemplateError("nested too deeply") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

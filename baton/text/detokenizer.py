@@ -29,12 +29,16 @@ class Detokenizer(ABC):
 
     @staticmethod
     def create(
-        tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
+        tokenizer: Tokenizer | None,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        shown: frozenset[int] = frozenset(),
     ) -> Detokenizer:
-        """The right one for `tokenizer`; with None every text is empty."""
+        """The right one for `tokenizer`; with None every text is empty. `shown` tokens are never skipped."""
         if tokenizer is None:
             return _Silent()
-        skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
         if tokenizer.byte_level:
             return _ByteLevel(tokenizer, skipped)
         return _Window(tokenizer, skipped, prompt_token_ids[-_CONTEXT_TOKENS:])

@@ -71,6 +71,11 @@ class Tokenizer:
         text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def special_id(self, text: str) -> int | None:
+        """The special token of this text, if there is one."""
+        token_id: int | None = self.backend.token_to_id(text)
+        return token_id if token_id in self.special_ids else None
+
     def fewest_tokens(self, text: str) -> int:
         """A lower bound on the tokens of `text`, without tokenizing it."""
         return len(text) // self._longest_token

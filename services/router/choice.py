@@ -60,6 +60,7 @@ class Choice:
             tokenizer,
             generation.prompt_token_ids,
             skip_special_tokens=generation.skip_special_tokens,
+            shown=generation.shown_tokens,
         )
         self._text = ChoiceText(
             detokenizer,

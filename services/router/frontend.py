@@ -74,9 +74,10 @@ class Frontend:
         request_id: str,
         cache_salt: str,
         grammar: str,
+        shown_tokens: frozenset[int] = frozenset(),
     ) -> list[Generation]:
         """The n choices for one prompt. Choice i is seeded with seed + i, drawn here when not given; all keep
-        to `grammar`.
+        to `grammar`. `shown_tokens` are part of the text although they are special.
 
         Raises:
             InvalidRequest: naming the field at fault.
@@ -101,6 +102,7 @@ class Frontend:
             stops=stops,
             include_stop=fields.include_stop_str_in_output or False,
             skip_special_tokens=fields.skip_special_tokens is not False,
+            shown_tokens=shown_tokens,
             cache_salt=self._salt(caller, cache_salt),
         )
         others = [

@@ -23,6 +23,7 @@ class Generation:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    shown_tokens: frozenset[int] = frozenset()  # special ones that are not skipped
     cache_salt: str = ""
     tokenized_s: float = field(default_factory=time.monotonic)
 

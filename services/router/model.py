@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baton.config import ModelSettings
+from baton.config import ModelSettings, ToolCallFormatName
 from baton.errors import InvalidRequest, ModelNotFound
 from baton.grammar.check import Checker
 from baton.model_folder import CONFIG_PATTERNS, model_folder
 from baton.models.config import read_config
 from baton.openai.params import ModelLimits, check_prompt, check_prompt_length
-from baton.openai.schema import Message
+from baton.openai.schema import Message, ToolCall
 from baton.text import ChatTemplate, TemplateError, Tokenizer
+from baton.text.tool_calls import ToolCallFormat, format_of
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +29,19 @@ _INLINE_CHARACTERS = 16_384
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Read once at start. `created` is when, in Unix seconds; `grammars` is to be closed."""
+    """Read once at start. `created` is when, in Unix seconds; `grammars` is to be closed; `calls` is how the
+    model writes calls of tools, None where that is not known."""
 
     name: str
     limits: ModelLimits
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
+    calls: ToolCallFormat | None
     grammars: Checker
     created: int
 
     @classmethod
-    def load(cls, settings: ModelSettings) -> ServedModel:
+    def load(cls, settings: ModelSettings, tool_call_parser: ToolCallFormatName) -> ServedModel:
         """
         Raises:
             UnsupportedModel: the folder is missing or is no model baton can serve.
@@ -47,11 +51,13 @@ class ServedModel:
         tokenizer = Tokenizer.load(folder)
         if tokenizer is None:
             log.warning("%s has no tokenizer.json: prompts must be token ids, answers have no text", folder)
+        template = ChatTemplate.load(folder) if tokenizer is not None else None
         return cls(
             name=settings.served_model_name or Path(settings.model).expanduser().name,
             limits=ModelLimits(config.max_model_len, config.vocab_size, config.sampling),
             tokenizer=tokenizer,
-            template=ChatTemplate.load(folder) if tokenizer is not None else None,
+            template=template,
+            calls=_calls(template, tool_call_parser),
             grammars=Checker(folder / "tokenizer.json", config.vocab_size, config.eos_token_ids),
             created=int(time.time()),
         )
@@ -111,8 +117,9 @@ class ServedModel:
         *,
         add_generation_prompt: bool | None,
         variables: Mapping[str, Any] | None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The prompt of a chat.
+        """The prompt of a chat, whose answer may call `tools`.
 
         Raises:
             InvalidRequest: there is no tokenizer or template, or the template refuses the chat.
@@ -125,7 +132,10 @@ class ServedModel:
         plain = [_plain(at, message) for at, message in enumerate(messages)]
         try:
             return self.template.render(
-                plain, add_generation_prompt=add_generation_prompt is not False, variables=variables
+                plain,
+                add_generation_prompt=add_generation_prompt is not False,
+                variables=variables,
+                tools=tools,
             )
         except TemplateError as error:
             raise InvalidRequest(
@@ -133,8 +143,20 @@ class ServedModel:
             ) from error
 
 
-def _plain(at: int, message: Message) -> dict[str, str]:
-    """A message as templates expect it: content is one string."""
+def _calls(template: ChatTemplate | None, setting: ToolCallFormatName) -> ToolCallFormat | None:
+    if template is None:
+        return None
+    calls = format_of(setting, template.tool_source)
+    if calls is not None:
+        why = "as its chat template says" if setting == "auto" else "as --tool-call-parser says"
+        log.info("the model's calls of tools are read as %s, %s", calls.name, why)
+    elif template.takes_tools:
+        log.info("the model's calls of tools are not read (--tool-call-parser is %s)", setting)
+    return calls
+
+
+def _plain(at: int, message: Message) -> dict[str, Any]:
+    """A message as templates expect it: content is one string, the arguments of calls are objects."""
     content = message.content
     if content is None:
         if message.role != "assistant":
@@ -144,9 +166,31 @@ def _plain(at: int, message: Message) -> dict[str, str]:
     if not isinstance(content, str):
         content = "\n".join(part.text for part in content)
     # OpenAI's newer name for the same role; templates know the older one.
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    plain: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content,
+    }
     if message.name is not None:
         plain["name"] = message.name
     if message.reasoning_content is not None:
         plain["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
     return plain
+
+
+def _plain_call(call: ToolCall) -> dict[str, Any]:
+    arguments: object = call.function.arguments
+    try:
+        read = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):  # it is what a model wrote once
+        read = None
+    if isinstance(read, dict):
+        arguments = read
+    return {
+        "id": call.id,
+        "type": call.type,
+        "function": {"name": call.function.name, "arguments": arguments},
+    }

@@ -22,12 +22,16 @@ from baton.openai.schema import (
     RequestFields,
     TokenizeRequest,
 )
+from baton.openai.tool_chat import ToolChatShapes
+from baton.openai.tools import check_messages, check_tools, must_call, tools_as_sent
 from baton.sampling import FinishReason
 from baton.text import Delta
+from baton.text.tool_calls import ToolCallFormat
 from services.router.caller import Caller
 from services.router.frontend import Frontend
 from services.router.generation import Generation, Placed
 from services.router.http import Exchange, Headers
+from services.router.tools import call_grammar, calls_of, shown_tokens
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats go on until they end
 _MAX_PROMPTS = 1024
@@ -53,9 +57,10 @@ class AskedCompletion:
 
 @dataclass(frozen=True)
 class AskedChat:
-    """A chat request that has been read, and its n choices."""
+    """A chat request that has been read, how calls of its tools are written, and its n choices."""
 
     request: ChatRequest
+    calls: ToolCallFormat | None
     generations: list[Generation]
 
 
@@ -81,7 +86,11 @@ class OpenAiApi:
         asked = await self.read_chat(await exchange.json_body(), exchange)
         request, generations = asked.request, asked.generations
         head, names = self._head("chatcmpl", exchange), self._names(request)
-        shapes = ChatShapes(request, generations[0].prompt_token_ids, head, names)
+        prompt = generations[0].prompt_token_ids
+        if asked.calls is None:
+            shapes = ChatShapes(request, prompt, head, names)
+        else:
+            shapes = ToolChatShapes(request, prompt, head, names, asked.calls)
         answer = _Answer(self._frontend, exchange, shapes, generations, per_prompt=len(generations))
         await answer.write(request, without_output=False)
 
@@ -127,12 +136,16 @@ class OpenAiApi:
         self._check(request)
         if request.top_logprobs is not None and not request.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs to be true", field="top_logprobs")
+        check_messages(request.messages)
+        check_tools(request)
+        calls = calls_of(request, self._model)
         caller = self._caller(request, exchange)
         limits = self._frontend.limits()
         text = self._model.render(
             request.messages,
             add_generation_prompt=request.add_generation_prompt,
             variables=request.chat_template_kwargs,
+            tools=tools_as_sent(body) if request.tools else (),
         )
         prompt = await self._model.encode(
             text, "messages", limits, add_special_tokens=request.add_special_tokens or False
@@ -141,6 +154,10 @@ class OpenAiApi:
             budget = OutputBudget("max_completion_tokens", request.max_completion_tokens, None)
         else:
             budget = OutputBudget("max_tokens", request.max_tokens, None)
+        if calls is not None and must_call(request):
+            grammar = await call_grammar(request, calls, self._model)
+        else:
+            grammar = await self._frontend.grammar(request)
         generations = self._frontend.generations(
             request,
             limits,
@@ -150,20 +167,24 @@ class OpenAiApi:
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             request_id=exchange.request_id,
             cache_salt=request.cache_salt or "",
-            grammar=await self._frontend.grammar(request),
+            grammar=grammar,
+            shown_tokens=shown_tokens(calls, self._model),
         )
-        return AskedChat(request, generations)
+        return AskedChat(request, calls, generations)
 
     async def tokenize(self, exchange: Exchange) -> None:
-        request = self._tokenizes.parse(await exchange.json_body())
+        body = await exchange.json_body()
+        request = self._tokenizes.parse(body)
         self._model.check_name(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("prompt: give either prompt or messages", field="prompt")
         if request.messages is not None:
+            check_messages(request.messages)
             text = self._model.render(
                 request.messages,
                 add_generation_prompt=request.add_generation_prompt,
                 variables=request.chat_template_kwargs,
+                tools=tools_as_sent(body) if request.tools else (),
             )
             special = request.add_special_tokens or False
         else:

@@ -45,7 +45,7 @@ class Router:
         """
         self._settings = settings.router
         self._observability = settings.observability
-        self.model = ServedModel.load(settings.model)
+        self.model = ServedModel.load(settings.model, settings.router.tool_call_parser)
         self.metrics = Metrics(self.model.name, self.model.limits.max_model_len)
         self._cluster = cluster
         self._changes = ClusterChanges()

@@ -39,6 +39,16 @@ def chat(**fields: object) -> bytes:
     return json.dumps({"messages": [USER], "max_tokens": 2, **fields}).encode()
 
 
+def tool(name: str, **fields: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def chosen(name: str) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name}}
+
+
+CALLED = {"id": "call_1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+
 # path, body, field, status
 BAD: list[tuple[str, bytes, str, int]] = [
     # not JSON, or not an object
@@ -156,7 +166,8 @@ BAD: list[tuple[str, bytes, str, int]] = [
     (CHAT, chat(messages=[{"role": "user"}]), "messages[0].content", 400),
     (CHAT, chat(messages=[{"content": "Hi"}]), "messages[0].role", 400),
     (CHAT, chat(messages=[USER, {"role": "robot", "content": "a"}]), "messages[1].role", 400),
-    (CHAT, chat(messages=[{"role": "tool", "content": "a"}]), "messages[0].role", 400),
+    (CHAT, chat(messages=[{"role": "tool", "content": "a"}]), "messages[0].tool_call_id", 400),
+    (CHAT, chat(messages=[{**USER, "tool_call_id": "a"}]), "messages[0].tool_call_id", 400),
     (CHAT, chat(messages=[{"role": "user", "content": 5}]), "messages[0].content", 400),
     (
         CHAT,
@@ -164,7 +175,8 @@ BAD: list[tuple[str, bytes, str, int]] = [
         "messages[0].content[0].type",
         400,
     ),
-    (CHAT, chat(messages=[{**USER, "tool_calls": [{}]}]), "messages[0].tool_calls", 400),
+    (CHAT, chat(messages=[{**USER, "tool_calls": [{}]}]), "messages[0].tool_calls[0].id", 400),
+    (CHAT, chat(messages=[{**USER, "tool_calls": [CALLED]}]), "messages[0].tool_calls", 400),
     (CHAT, chat(messages=[{**USER, "colour": 1}]), "messages[0].colour", 400),
     (CHAT, chat(messages=[{"role": "user", "content": "word " * 60_000}]), "messages", 400),
     (CHAT, chat(top_logprobs=3), "top_logprobs", 400),
@@ -172,8 +184,47 @@ BAD: list[tuple[str, bytes, str, int]] = [
     (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", 400),
     (CHAT, chat(max_completion_tokens=0), "max_completion_tokens", 400),
     (CHAT, chat(max_completion_tokens=CONTEXT), "max_completion_tokens", 400),
-    (CHAT, chat(tools=[{"type": "function"}]), "tools", 400),
+    (CHAT, chat(tools=[{"type": "function"}]), "tools[0].function", 400),
+    (CHAT, chat(tools=[tool("a"), tool("a b")]), "tools[1].function.name", 400),
+    (CHAT, chat(tools=[tool("a\n")]), "tools[0].function.name", 400),
+    (CHAT, chat(tools=[tool("a" * 65)]), "tools[0].function.name", 400),
+    (CHAT, chat(tools=[tool("a"), tool("a")]), "tools[1].function.name", 400),
+    (CHAT, chat(tools=[tool(f"f{at}") for at in range(129)]), "tools", 400),
+    (CHAT, chat(tools=[{"type": "web_search", "function": {"name": "a"}}]), "tools[0].type", 400),
+    (CHAT, chat(tools=[tool("a", kind="function")]), "tools[0].function.kind", 400),
+    (CHAT, chat(tools=[tool("a", parameters=[])]), "tools[0].function.parameters", 400),
+    (CHAT, chat(tools=[tool("a", parameters={"type": "string"})]), "tools[0].function.parameters", 400),
+    (CHAT, chat(tools=[tool("a", parameters={"x": "a" * 70_000})]), "tools[0].function.parameters", 400),
+    (CHAT, chat(tools=[tool("a", strict="yes")]), "tools[0].function.strict", 400),
+    (CHAT, chat(tools=[tool("a")]), "tools", 400),  # the model's template knows none
+    (CHAT, chat(tools=[tool("a")], tool_choice="any"), "tool_choice", 400),
+    (CHAT, chat(tools=[tool("a")], tool_choice={"type": "tool"}), "tool_choice.type", 400),
+    (CHAT, chat(tools=[tool("a")], tool_choice=chosen("b")), "tool_choice.function.name", 400),
     (CHAT, chat(tool_choice="required"), "tool_choice", 400),
+    (CHAT, chat(tool_choice=chosen("a")), "tool_choice", 400),
+    (CHAT, chat(tool_choice=None, functions=[{"name": "a"}]), "functions", 400),
+    (CHAT, chat(function_call="auto"), "function_call", 400),
+    (CHAT, chat(parallel_tool_calls="no"), "parallel_tool_calls", 400),
+    (
+        CHAT,
+        chat(tools=[tool("a")], tool_choice="required", response_format={"type": "json_object"}),
+        "response_format",
+        400,
+    ),
+    (
+        CHAT,
+        chat(tools=[tool("a")], tool_choice=chosen("a"), structured_outputs={"regex": "a"}),
+        "structured_outputs.regex",
+        400,
+    ),
+    (
+        CHAT,
+        chat(tools=[tool("a"), tool("b", parameters={"not": {}})], tool_choice="required"),
+        "tools[1].function.parameters",
+        400,
+    ),
+    (C, completion(tools=[tool("a")]), "tools", 400),
+    (C, completion(tool_choice="required"), "tool_choice", 400),
     (CHAT, chat(response_format={"type": "json_schema"}), "response_format.json_schema", 400),
     (
         CHAT,
