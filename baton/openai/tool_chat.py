@@ -16,8 +16,8 @@ _Delta = dict[str, Any]
 
 
 class ToolChatShapes(ChatShapes):
-    """Shapes one request's answer: a piece of content, the beginning of a call and more of its arguments are an
-    event each. What adds none of them is one for the sake of its log-probabilities, token ids or usage."""
+    """Shapes one request's answer: a piece of content, the beginning of a call and more of its arguments are
+    an event each. What adds none of them is one for the sake of its log-probabilities, token ids or usage."""
 
     def __init__(
         self,
