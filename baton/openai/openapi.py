@@ -43,6 +43,37 @@ _USAGE: Json = {
     "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
     "properties": {"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT},
 }
+_CALL: Json = {
+    "type": "object",
+    "required": ["id", "type", "function"],
+    "properties": {
+        "id": _TEXT,
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name", "arguments"],
+            "properties": {"name": _TEXT, "arguments": _TEXT},
+        },
+    },
+}
+_CHOICE: Json = {
+    "type": "object",
+    "required": ["index", "finish_reason"],
+    "properties": {
+        "index": _COUNT,
+        "finish_reason": {"enum": ["stop", "length", "tool_calls"]},
+        "text": _TEXT,
+        "message": {
+            "type": "object",
+            "required": ["role", "content"],
+            "properties": {
+                "role": {"const": "assistant"},
+                "content": {"type": ["string", "null"]},
+                "tool_calls": {"type": "array", "minItems": 1, "items": _CALL},
+            },
+        },
+    },
+}
 _ANSWER: Json = {
     "type": "object",
     "required": ["id", "object", "created", "model", "choices", "usage"],
@@ -51,7 +82,7 @@ _ANSWER: Json = {
         "object": {"enum": ["text_completion", "chat.completion"]},
         "created": _COUNT,
         "model": _TEXT,
-        "choices": {"type": "array", "items": {"type": "object", "required": ["index", "finish_reason"]}},
+        "choices": {"type": "array", "items": _CHOICE},
         "usage": {"$ref": "#/components/schemas/Usage"},
     },
 }
@@ -149,6 +180,6 @@ def _got(answer: Json) -> Json:
 def _asked(body: str, answer: Json, *, streams: bool = False) -> Json:
     operation = _got(answer)
     if streams:
-        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+        operation["responses"]["200"]["content"]["text/event-stream"] = {}
     content = {"application/json": {"schema": _ref(body)}}
     return {**operation, "requestBody": {"required": True, "content": content}}
