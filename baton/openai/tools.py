@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,12 +59,6 @@ def check_tools(request: ChatRequest) -> None:
     if isinstance(choice, ChosenTool) and choice.function.name not in names:
         field = "tool_choice.function.name"
         raise InvalidRequest(f"{field}: {choice.function.name!r} is none of the tools", field=field)
-    if may_call(request) and (asked := constraint_of(request)) is not None:
-        field = asked[1]
-        raise InvalidRequest(
-            f"{field}: would rule out calls of the tools; leave {field} out, or set tool_choice to none",
-            field=field,
-        )
 
 
 def check_messages(messages: list[Message]) -> None:
@@ -80,16 +75,39 @@ def check_messages(messages: list[Message]) -> None:
             raise InvalidRequest(f"{field}: goes with role tool, and only with it", field=field)
 
 
-def call_constraint(request: ChatRequest, calls: ToolCallFormat, mark: Callable[[str], str]) -> Constraint:
-    """What holds the answer to the calls it must be; `mark` says how the format's marks are written."""
+def call_constraint(
+    request: ChatRequest, calls: ToolCallFormat, mark: Callable[[str], str]
+) -> Constraint | None:
+    """What holds the answer to calls, or also to the JSON it has to be without one; None: it may be anything.
+
+    `mark` says how the format's marks are written.
+
+    Raises:
+        InvalidRequest: the answer has to be something that no call can be told apart from.
+    """
+    answer = constraint_of(request)
+    if not must_call(request) and answer is None:
+        return None
     functions = [Function(tool.name, _schema(tool)) for _, tool in _callable(request)]
-    several = request.tool_choice == "required" and request.parallel_tool_calls is not False
-    return Constraint(Kind.LARK, calls.grammar(functions, mark, several=several))
+    several = not isinstance(request.tool_choice, ChosenTool) and request.parallel_tool_calls is not False
+    rules = [calls.grammar(functions, mark, several=several)]
+    if answer is None:
+        rules.append("start: calls")
+    else:
+        constraint, field = answer
+        if must_call(request) or constraint.kind is not Kind.JSON or not calls.marked:
+            raise InvalidRequest(
+                f"{field}: would rule out calls of the tools; leave it out, or set tool_choice to none",
+                field=field,
+            )
+        rules += ["start: calls | answer", f"answer: %json {_with_blanks(constraint)}"]
+    return Constraint(Kind.LARK, "\n".join(rules))
 
 
-def argument_constraints(request: ChatRequest) -> Iterator[tuple[Constraint, str]]:
-    """What each function's arguments must be, and the field that says so: to find the one that cannot be kept
-    to."""
+def parts_of(request: ChatRequest) -> Iterator[tuple[Constraint, str]]:
+    """What `call_constraint` is made of, and the field of each: to find the one that cannot be kept to."""
+    if (answer := constraint_of(request)) is not None:
+        yield answer
     for field, tool in _callable(request):
         yield Constraint(Kind.JSON, _schema(tool)), field
 
@@ -105,9 +123,22 @@ def _schema(tool: FunctionDefinition) -> str:
     schema: JsonObject = {"type": "object", "additionalProperties": False}
     if tool.parameters is not None:
         schema = {**tool.parameters, "type": "object"}
-    # Blanks as in other constraints.
-    schema["x-guidance"] = {"whitespace_flexible": True, "whitespace_pattern": Constraint.whitespace}
-    return msgspec.json.encode(schema).decode()
+    return _with_blanks(Constraint(Kind.JSON, msgspec.json.encode(schema).decode()))
+
+
+def _with_blanks(constraint: Constraint) -> str:
+    """The schema of a constraint, which says itself what may stand between the parts of JSON."""
+    try:
+        schema = json.loads(constraint.text)
+    except (ValueError, RecursionError):
+        return constraint.text  # compiling it will say what is wrong
+    if not isinstance(schema, dict):
+        return constraint.text
+    schema["x-guidance"] = {
+        "whitespace_flexible": bool(constraint.whitespace),
+        "whitespace_pattern": constraint.whitespace or None,
+    }
+    return json.dumps(schema)
 
 
 def _check_parameters(tool: FunctionDefinition, field: str) -> None:

@@ -23,7 +23,7 @@ from baton.openai.schema import (
     TokenizeRequest,
 )
 from baton.openai.tool_chat import ToolChatShapes
-from baton.openai.tools import check_messages, check_tools, must_call, tools_as_sent
+from baton.openai.tools import check_messages, check_tools, tools_as_sent
 from baton.sampling import FinishReason
 from baton.text import Delta
 from baton.text.tool_calls import ToolCallFormat
@@ -154,10 +154,10 @@ class OpenAiApi:
             budget = OutputBudget("max_completion_tokens", request.max_completion_tokens, None)
         else:
             budget = OutputBudget("max_tokens", request.max_tokens, None)
-        if calls is not None and must_call(request):
-            grammar = await call_grammar(request, calls, self._model)
-        else:
+        if calls is None:
             grammar = await self._frontend.grammar(request)
+        else:
+            grammar = await call_grammar(request, calls, self._model)
         generations = self._frontend.generations(
             request,
             limits,

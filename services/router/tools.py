@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.errors import InvalidRequest
 from baton.openai.schema import ChatRequest
-from baton.openai.tools import argument_constraints, call_constraint, may_call, must_call
+from baton.openai.tools import call_constraint, may_call, must_call, parts_of
 from baton.text.tool_calls import Llama3Json, ToolCallFormat, literal
 from services.router.model import ServedModel
 
@@ -38,10 +38,10 @@ def shown_tokens(calls: ToolCallFormat | None, model: ServedModel) -> frozenset[
 
 
 async def call_grammar(request: ChatRequest, calls: ToolCallFormat, model: ServedModel) -> str:
-    """What an answer matches that is nothing but calls, in the form that workers take.
+    """What the answer of a chat with tools must match, in the form that workers take; empty if nothing.
 
     Raises:
-        InvalidRequest: naming the function whose parameters cannot be kept to.
+        InvalidRequest: naming the field that cannot be kept to.
         Overloaded: too many others wait for the same.
     """
     tokenizer = model.require_tokenizer("tools")
@@ -50,9 +50,12 @@ async def call_grammar(request: ChatRequest, calls: ToolCallFormat, model: Serve
         token_id = tokenizer.special_id(text)  # matched by its id alone, never by its text
         return literal(text) if token_id is None else f"<[{token_id}]>"
 
+    whole = call_constraint(request, calls, mark)
+    if whole is None:
+        return ""
     try:
-        return await model.grammars.grammar(call_constraint(request, calls, mark), "tools")
+        return await model.grammars.grammar(whole, "tools")
     except InvalidRequest:
-        for constraint, field in argument_constraints(request):
+        for constraint, field in parts_of(request):
             await model.grammars.grammar(constraint, field)
         raise

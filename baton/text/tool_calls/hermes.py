@@ -20,7 +20,7 @@ class Hermes(ToolCallParser):
     @classmethod
     def grammar(cls, functions: Sequence[Function], mark: Callable[[str], str], *, several: bool) -> str:
         lines = [
-            'start: call ("\\n" call)*' if several else "start: call",
+            'calls: call ("\\n" call)*' if several else "calls: call",
             f'call: {mark(_OPEN)} "\\n" object "\\n" {mark(_CLOSE)}',
             *rules.objects(functions, "arguments"),
             *rules.arguments(functions),

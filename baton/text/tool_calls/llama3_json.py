@@ -16,11 +16,12 @@ class Llama3Json(ToolCallParser):
 
     name = "llama3_json"
     marks = (_PYTHON_TAG,)
+    marked = False
 
     @classmethod
     def grammar(cls, functions: Sequence[Function], mark: Callable[[str], str], *, several: bool) -> str:
         lines = [
-            'start: object ("; " object)*' if several else "start: object",
+            'calls: object ("; " object)*' if several else "calls: object",
             *rules.objects(functions, "parameters"),
             *rules.arguments(functions),
         ]

@@ -33,7 +33,7 @@ class Mistral(ToolCallParser):
         )
         more = '("," " "? object)*' if several else ""
         lines = [
-            "start: listed | named+" if several else "start: listed | named",
+            "calls: listed | named+" if several else "calls: listed | named",
             f'listed: {mark(_MARK)} " "? "[" object {more} "]"',
             f"named: {mark(_MARK)} ({either})",
             *rules.objects(functions, "arguments"),

@@ -57,6 +57,8 @@ class ToolCallParser(ABC):
     """What the format is called in settings."""
     marks: ClassVar[tuple[str, ...]]
     """What sets calls apart from content. In many tokenizers these are special tokens."""
+    marked: ClassVar[bool] = True
+    """Whether a call begins like no JSON does."""
 
     def __init__(self) -> None:
         self._text = ""  # arrived and not yet taken
@@ -87,9 +89,8 @@ class ToolCallParser(ABC):
     @classmethod
     @abstractmethod
     def grammar(cls, functions: Sequence[Function], mark: Callable[[str], str], *, several: bool) -> str:
-        """What an answer that calls one of `functions`, or `several` times some, looks like: a Lark grammar.
-
-        `mark` says how each of `marks` is written in it.
+        """The rule calls, in Lark's notation: what an answer is that calls one of `functions`, or `several`
+        times some. `mark` says how each of `marks` is written.
         """
 
     @abstractmethod

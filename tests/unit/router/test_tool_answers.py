@@ -191,6 +191,30 @@ async def test_a_call_that_is_demanded_is_demanded_in_the_models_own_format(
         assert ("<[3]>" in grammar) == (calls != "llama3_json"), "marks are matched as the tokens they are"
 
 
+async def test_a_call_or_else_the_json_that_is_asked_for(tmp_path: Path) -> None:
+    wanted: Any = {"type": "json_object"}
+    async with asking(tmp_path / "hermes", "hermes") as asked:
+        asked.says('{"a": 1}')
+        answer = await asked.completions.create(**ASKED, response_format=wanted)
+        assert answer.choices[0].message.content == '{"a": 1}'
+        assert answer.choices[0].finish_reason == "stop"
+        assert "calls | answer" in asked.worker.starts[-1].sampling.grammar
+        asked.says(WRITTEN["hermes"] % CITY)
+        answer = await asked.completions.create(**ASKED, response_format=wanted)
+        assert answer.choices[0].finish_reason == "tool_calls"
+        bad: Any = {"structured_outputs": {"json": "{"}}
+        with pytest.raises(BadRequestError) as refused:
+            await asked.completions.create(**ASKED, extra_body=bad)
+        assert refused.value.param == "structured_outputs.json"
+        with pytest.raises(BadRequestError) as refused:
+            await asked.completions.create(**ASKED, extra_body={"guided_regex": "a"})
+        assert refused.value.param == "guided_regex"
+    async with asking(tmp_path / "llama", "llama3_json") as asked:
+        with pytest.raises(BadRequestError, match="rule out") as refused:
+            await asked.completions.create(**ASKED, response_format=wanted)
+        assert refused.value.param == "response_format"
+
+
 async def test_without_a_format_the_choice_cannot_be_left_to_the_model(tmp_path: Path) -> None:
     async with asking(tmp_path, "hermes", tool_call_parser="none") as asked:
         with pytest.raises(BadRequestError, match="--tool-call-parser") as refused:
