@@ -15,23 +15,25 @@ _UNMEASURED = 1e9
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one worker, or several, could do: prompts per second if they prefill, requests that decode at once
-    within the target if they decode."""
+    """What one worker, or several, could do: prompts per second if they prefill; if they decode, requests at
+    once within the target, and prompts per second in the time that the target leaves between short steps."""
 
     prompts_per_s: float
     decoding: float
+    beside_per_s: float
 
     def __add__(self, other: Capacity) -> Capacity:
-        return Capacity(self.prompts_per_s + other.prompts_per_s, self.decoding + other.decoding)
-
-    def __sub__(self, other: Capacity) -> Capacity:
-        return Capacity(self.prompts_per_s - other.prompts_per_s, self.decoding - other.decoding)
+        return Capacity(
+            self.prompts_per_s + other.prompts_per_s,
+            self.decoding + other.decoding,
+            self.beside_per_s + other.beside_per_s,
+        )
 
     def __mul__(self, count: float) -> Capacity:
-        return Capacity(self.prompts_per_s * count, self.decoding * count)
+        return Capacity(self.prompts_per_s * count, self.decoding * count, self.beside_per_s * count)
 
 
-NOTHING = Capacity(0.0, 0.0)
+NOTHING = Capacity(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ def capacity_of(worker: WorkerView, need: Need, tpot_s: float, block_tokens: int
     if need.tpot_s > tpot_s:
         batch *= tpot_s / need.tpot_s
     blocks = max(1.0, need.request_tokens / block_tokens)
+    prompts_per_s = 1 / seconds if seconds else _UNMEASURED
     return Capacity(
-        1 / seconds if seconds else _UNMEASURED, max(1.0, min(batch, worker.total_blocks / blocks))
+        prompts_per_s,
+        max(1.0, min(batch, worker.total_blocks / blocks)),
+        prompts_per_s * max(0.0, 1 - worker.decode_curve.seconds(1) / tpot_s),
     )
 
 
@@ -95,10 +100,11 @@ class Roles:
         return self.plus(away, capacity * -1).plus(to, capacity)
 
     def load(self, need: Need) -> Load:
-        return Load(
-            _share(need.prompts_per_s, self.prefill.prompts_per_s),
-            _share(need.decoding, self.decode.decoding),
-        )
+        """Prompts are computed by prefill workers and, in the time that is left to them, by those that
+        decode."""
+        decode = _share(need.decoding, self.decode.decoding)
+        beside_per_s = max(0.0, 1 - decode) * self.decode.beside_per_s
+        return Load(_share(need.prompts_per_s, self.prefill.prompts_per_s + beside_per_s), decode)
 
 
 def _share(needed: float, there: float) -> float:

@@ -49,6 +49,11 @@ class Aims:
     grow_after_s: float = 20.0
     shrink_after_s: float = 300.0
 
+    @property
+    def ample(self) -> float:
+        """Load that a role may come to when it gives workers away without need."""
+        return (1 - self.gain) * self.utilization
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -138,18 +143,22 @@ class Controller:
         return Verdict(need, load, tuple(decisions))
 
     def _flips(self, state: _State, now_s: float) -> list[Flip]:
-        """Workers of the idler role that the busier one needs more, the idlest first."""
+        """Workers of the idler role that the busier one needs more, the idlest first. Where none is needed,
+        prefill workers that will not be missed: those that decode can compute prompts, too."""
         flips: list[Flip] = []
         while len(flips) < state.most_flips:
             before = state.load()
-            to = before.busier
-            if before.worst <= self._aims.utilization or not state.spare(_OTHER[to]):
+            needed = before.worst > self._aims.utilization
+            to = before.busier if needed else Role.DECODE
+            if not state.spare(_OTHER[to]):
                 break
             if now_s - self._flipped_s.get(_OTHER[to], -self._aims.settle_s) < self._aims.settle_s:
                 break
             worker = state.idlest(_OTHER[to])
             after = state.flipped(worker, to)
-            if not state.gains(before, after) or not state.keeps_up(worker, to):
+            if needed and not (state.gains(before, after) and state.keeps_up(worker, to)):
+                break
+            if not needed and not state.unmissed(before, after):
                 break
             flips.append(Flip(worker.worker_id, to, f"{before} of capacity; {after} after the flip"))
             state.flip(worker, to)
@@ -210,14 +219,13 @@ class Controller:
     def _shed(self, state: _State, over: int, reason: str) -> list[Decision]:
         """Workers that can go without a role's load coming near the target; those of `over` devices must."""
         removed: list[Decision] = []
-        ceiling = (1 - self._aims.gain) * self._aims.utilization
         for _ in range(max(1, over, int(_SHRINK_SHARE * len(state.workers)))):
             choices = [one for role in (Role.PREFILL, Role.DECODE) if (one := state.removable(role))]
             if not choices:
                 break
             worker = min(choices, key=lambda one: state.without(one).worst)
             after = state.without(worker)
-            if over <= 0 and after.worst > ceiling:
+            if over <= 0 and after.worst > self._aims.ample:
                 break
             over -= self._aims.gpus[state.role(worker)]
             role = state.remove(worker)
@@ -259,6 +267,12 @@ class _State:
     def gains(self, before: Load, after: Load) -> bool:
         """Whether a change lowers the load of the busier role enough to be worth it."""
         return after.worst < (1 - self._aims.gain) * before.worst
+
+    def unmissed(self, before: Load, after: Load) -> bool:
+        """Whether a prefill worker may decode from now on: prompts are computed about as soon as before.
+        While nothing comes, nobody knows."""
+        ample = after.worst <= self._aims.ample
+        return ample and before.prefill > 0 and after.prefill < (1 + self._aims.gain) * before.prefill
 
     def keeps_up(self, worker: WorkerView, to: Role) -> bool:
         """Whether after a flip the roles can do what arrives, or clearly more of it than now: to catch up

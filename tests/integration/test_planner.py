@@ -17,7 +17,7 @@ from baton.rpc.v1.worker_pb2 import ROLE_PREFILL as PREFILL
 from tests.cluster import ROOT, Cluster
 from tests.conftest import StartCluster
 
-# A bound that makes even a little work of prompts too much for one prefill worker.
+# A bound that makes a few requests too much for one decode worker.
 BUSY = ("--plan-interval-s", "0.5", "--target-utilization", "0.05")
 
 
@@ -40,7 +40,7 @@ def planner(cluster: Cluster, folder: Path, *flags: str) -> Iterator[tuple[Path,
 
 
 async def ask(cluster: Cluster, until: Callable[[], bool]) -> list[str]:
-    """Long prompts with short answers, four at a time, until something is so; the answers' ends."""
+    """Short prompts with long answers, eight at a time, until something is so; the answers' ends."""
     client = openai.AsyncOpenAI(base_url=f"{cluster.base_url}/v1", api_key="none", max_retries=0)
     model = (await client.models.list()).data[0].id
     deadline_s = time.monotonic() + 60
@@ -51,12 +51,12 @@ async def ask(cluster: Cluster, until: Callable[[], bool]) -> list[str]:
         asked = 0
         while not done:
             asked += 1
-            prompt = f"{number} {asked} " + "def f(x): return x " * 40
-            answer = await client.completions.create(model=model, prompt=prompt, max_tokens=4)
+            prompt = f"{number} {asked} def f(x):"
+            answer = await client.completions.create(model=model, prompt=prompt, max_tokens=100)
             ends.append(answer.choices[0].finish_reason)
 
     async with client, asyncio.TaskGroup() as tasks:
-        for number in range(4):
+        for number in range(8):
             tasks.create_task(caller(number))
         while not (done := await asyncio.to_thread(until)):
             assert time.monotonic() < deadline_s, "nothing came of it"
@@ -68,19 +68,19 @@ def roles(cluster: Cluster) -> list[int]:
     return [cluster.status(worker_id).role for worker_id in cluster.workers()]
 
 
-def test_prompts_turn_a_decode_worker_into_a_prefill_worker_for_as_long_as_there_is_a_planner(
+def test_answers_turn_a_prefill_worker_into_a_decode_worker_for_as_long_as_there_is_a_planner(
     start_cluster: StartCluster, tmp_path: Path
 ) -> None:
-    with start_cluster("--prefill", "1", "--decode", "2") as cluster:
+    with start_cluster("--prefill", "2", "--decode", "1") as cluster:
         with planner(cluster, tmp_path, "--dry-run") as (log, _):
-            ends = asyncio.run(ask(cluster, lambda: "would flip decode" in log.read_text()))
-        assert sorted(roles(cluster)) == [PREFILL, DECODE, DECODE]
+            ends = asyncio.run(ask(cluster, lambda: "would flip prefill" in log.read_text()))
+        assert sorted(roles(cluster)) == [PREFILL, PREFILL, DECODE]
         with planner(cluster, tmp_path) as (_, process):
-            ends += asyncio.run(ask(cluster, lambda: roles(cluster).count(PREFILL) == 2))
+            ends += asyncio.run(ask(cluster, lambda: roles(cluster).count(DECODE) == 2))
             ends += asyncio.run(ask(cluster, lambda: True))
             process.kill()
             process.wait()
-        ends += asyncio.run(ask(cluster, lambda: sorted(roles(cluster)) == [PREFILL, DECODE, DECODE]))
+        ends += asyncio.run(ask(cluster, lambda: sorted(roles(cluster)) == [PREFILL, PREFILL, DECODE]))
         ends += asyncio.run(ask(cluster, lambda: True))
     assert len(ends) > 8
     assert set(ends) <= {"length", "stop"}

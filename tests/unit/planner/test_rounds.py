@@ -118,7 +118,7 @@ class Worker(worker_pb2_grpc.WorkerAdminServicer):
             total_blocks=1000,
             free_blocks=1000,
             prefill_curve=Curve(((1000, 0.2),)),
-            decode_curve=Curve(((1, 0.02), (32, 0.03))),
+            decode_curve=Curve(((1, 0.09), (32, 0.1))),  # which leaves next to no time for prompts
         )
         layout = worker_pb2.KvLayout(block_size=16)
         worker = kvstore_pb2.Worker(

@@ -24,9 +24,11 @@ EVERY_S = 5.0
 START_S = 15.0
 # A prompt of 1000 tokens takes 0.2 s; 40 requests decode in time beside each other, 25 ms a token.
 PREFILL_CURVE = Curve(((16, 0.0032), (2048, 0.4096)))
-DECODE_CURVE = Curve(((1, 0.02), (40, 0.025), (64, 0.2)))
+DECODE_CURVE = Curve(((1, 0.024), (40, 0.025), (64, 0.2)))
 ONE = {PREFILL: 1, DECODE: 1}
-AIMS = Aims(budget=8, gpus=ONE, least=ONE)
+# Tokens are due so soon that who decodes has next to no time for prompts; or any amount of it.
+AIMS = Aims(budget=8, gpus=ONE, least=ONE, tpot_s=0.025)
+UNHURRIED = replace(AIMS, tpot_s=0.25)
 
 
 @dataclass
@@ -127,6 +129,20 @@ def test_a_burst_of_prompts_takes_workers_from_decoding() -> None:
     cluster.run(30, requests=20)
     assert cluster.count(PREFILL) >= 5
     assert all(isinstance(one, Flip) for _, one in cluster.told)
+
+
+def test_no_worker_is_taken_from_decoding_for_prompts_that_it_could_compute_as_well() -> None:
+    cluster = Cluster.of(1, 7, UNHURRIED).run(60, requests=5).run(30, requests=20)
+    assert cluster.told == []
+
+
+def test_prefill_workers_that_are_not_missed_decode() -> None:
+    assert Cluster.of(4, 4, UNHURRIED).run(30, requests=5).count(PREFILL) == 1
+    assert Cluster.of(4, 4, AIMS).run(30, requests=5).count(PREFILL) == 4
+
+
+def test_nobody_is_known_to_be_missed_by_none_while_nothing_comes() -> None:
+    assert Cluster.of(4, 4, UNHURRIED).run(60, requests=0).told == []
 
 
 def test_a_burst_beyond_all_prefill_capacity_is_recovered_from() -> None:
