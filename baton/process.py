@@ -1,8 +1,9 @@
-"""What every process that serves does alike: stop when it is asked to, show its metrics."""
+"""What every process that serves does alike: hold many connections, stop when asked to, show its metrics."""
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -11,6 +12,17 @@ from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
 from baton.addresses import join
 from baton.config import BadSetting
+
+OPEN_FILES = 65_536
+"""How many a process asks for, connections included, if its hard limit lets it."""
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files, which shells set low for the sake of programs older than `poll`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -17,6 +17,7 @@ from baton.config import Settings
 from baton.errors import BatonError
 from baton.machine import available_bytes, usable_cores
 from baton.model_folder import model_folder
+from baton.process import OPEN_FILES
 
 _GIB = 1024**3
 _SMALLEST_SHM = 1 * _GIB
@@ -113,14 +114,14 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
 
 
 def open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"{_limit(soft)} (hard limit {_limit(hard)})"
-    if soft != resource.RLIM_INFINITY and soft < _SMALLEST_NOFILE:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = f"{_limit(hard)} (hard limit)"
+    if hard != resource.RLIM_INFINITY and hard < _SMALLEST_NOFILE:
         return Finding(
             "open files",
             Verdict.NOTE,
             found,
-            f"many connections need more: ulimit -n {65536 if hard < 0 else min(hard, 65536)}",
+            f"many connections need more: ulimit -Hn {OPEN_FILES}, as root",
         )
     return Finding("open files", Verdict.OK, found)
 

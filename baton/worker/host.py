@@ -34,7 +34,7 @@ from baton.machine import usable_cores
 from baton.model_folder import model_folder
 from baton.models.base import Model
 from baton.models.loader import load_model
-from baton.process import serve_metrics, stop_on_signals
+from baton.process import allow_open_files, serve_metrics, stop_on_signals
 from baton.routing.pacing import Pace
 from baton.routing.rates import notably_differ
 from baton.routing.view import Curve, Role
@@ -167,6 +167,7 @@ async def run_worker(settings: Settings) -> None:
     Raises:
         BatonError: the worker could not start, or its engine died.
     """
+    allow_open_files()
     stop = stop_on_signals()
     startup = Startup()
     loaded = await asyncio.to_thread(load, settings, startup)

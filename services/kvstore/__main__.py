@@ -12,7 +12,7 @@ from baton.addresses import join
 from baton.cli.options import settings_options
 from baton.config import PROCESS_SECTIONS, Settings
 from baton.logs import configure
-from baton.process import serve_metrics, stop_on_signals
+from baton.process import allow_open_files, serve_metrics, stop_on_signals
 from baton.rpc.channels import use_internal_tls
 from baton.rpc.probes import answer_probes
 from baton.rpc.server import Server
@@ -32,6 +32,7 @@ STOP_S = 15.0
 
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
+    allow_open_files()
     stop = stop_on_signals()
 
     chosen = settings.kvstore

@@ -13,7 +13,7 @@ from baton import tracing
 from baton.cli.options import settings_options
 from baton.config import PROCESS_SECTIONS, Settings
 from baton.logs import configure
-from baton.process import stop_on_signals
+from baton.process import allow_open_files, stop_on_signals
 from baton.rpc.channels import use_internal_tls
 from services.router.cluster import WatchedCluster
 from services.router.router import Router
@@ -21,6 +21,7 @@ from services.router.router import Router
 
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
+    allow_open_files()
     stop = stop_on_signals()
     kvstore = settings.kvstore
     cluster = WatchedCluster(kvstore.kvstore, kvstore.worker_ttl_s, kvstore.index_max_bytes)
