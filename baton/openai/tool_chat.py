@@ -10,9 +10,10 @@ from baton.openai.chat import ChatShapes
 from baton.openai.logprobs import LogprobShapes
 from baton.openai.schema import ChatRequest, ChosenTool
 from baton.sampling import FinishReason
-from baton.text.tool_calls import Call, Content, ToolCallFormat
+from baton.text.tool_calls import Call, Content, Part, ToolCallFormat
 
 _Delta = dict[str, Any]
+_PUSHED_CHARACTERS = 1024  # of an answer that is there as a whole: what is taken from a text copies the rest
 
 
 class ToolChatShapes(ChatShapes):
@@ -70,7 +71,9 @@ class _Reader:
         self._begun = 0
 
     def read(self, piece: Piece) -> list[_Delta]:
-        parts = self._parser.push(piece.delta.text)
+        parts: list[Part] = []
+        for at in range(0, len(piece.delta.text), _PUSHED_CHARACTERS):
+            parts += self._parser.push(piece.delta.text[at : at + _PUSHED_CHARACTERS])
         if piece.delta.finish_reason is not None:
             parts += self._parser.finish()
         deltas: list[_Delta] = []

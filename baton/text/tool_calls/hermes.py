@@ -30,9 +30,7 @@ class Hermes(ToolCallParser):
     def _answer(self) -> Steps[None]:
         while (yield from self._content_to(_OPEN)):
             gap = yield from self._gap()
-            if not (yield from self._call()):
-                self._say(_OPEN + gap)
-                continue
-            gap = yield from self._gap()
-            if not (yield from self._optional(_CLOSE)):
-                self._say(gap)
+            if (yield from self._call(_OPEN + gap)):
+                gap = yield from self._gap()
+                if not (yield from self._optional(_CLOSE)):
+                    self._say(gap)

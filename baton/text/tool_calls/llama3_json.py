@@ -33,8 +33,7 @@ class Llama3Json(ToolCallParser):
             before = yield from self._gap(separators)
             before += yield from self._optional(_PYTHON_TAG)
             before += yield from self._gap()
-            if not (yield from self._call()):
+            if not (yield from self._call(before)):
                 break
             separators = ";"
-        self._say(before)
         yield from self._rest()

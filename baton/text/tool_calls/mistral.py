@@ -49,12 +49,11 @@ class Mistral(ToolCallParser):
 
     def _listed(self, gap: str) -> Steps[None]:
         before = _MARK + gap + (yield from self._gap("["))
-        while (yield from self._call()):
+        while (yield from self._call(before)):
             before = yield from self._gap(",")
             if self._text.startswith("]"):
                 self._take(1)
                 return
-        self._say(before)
 
     def _named(self, gap: str) -> Steps[None]:
         while (match := _NAMED.match(self._text)) is None:

@@ -153,23 +153,28 @@ class ToolCallParser(ABC):
             yield
         return self._take(len(mark)) if mark.startswith(self._text[: len(mark)]) else ""
 
-    def _call(self) -> Steps[bool]:
-        """Take an object with a function's name and arguments. False: there is none, and nothing is taken."""
+    def _call(self, before: str) -> Steps[bool]:
+        """Take an object with a function's name and arguments.
+
+        False: there is none, and `before` and what was looked at are content. No text is looked at twice.
+        """
         whole = Braces()
-        while True:
-            if self._text and not self._text.startswith("{"):
-                return False
+        while not self._text and not self._ended:
+            yield
+        while self._text.startswith("{"):
             if header := _HEADER.match(self._text):
                 self._take(header.end())
                 yield from self._call_of(header["name"])
                 yield from self._close()
                 return True
             end = whole.end(self._text)
-            if end is not None:
-                return self._whole_call(end)
-            if whole.broken or self._ended:
-                return False
+            if end is not None and self._whole_call(end):
+                return True
+            if end is not None or whole.broken or self._ended:
+                break
             yield
+        self._say(before + self._take(whole.at))
+        return False
 
     def _call_of(self, name: str) -> Steps[None]:
         """Begin a call; its arguments, next in the text, are passed on as they come."""
