@@ -10,7 +10,7 @@ import msgspec
 
 from baton.errors import InvalidRequest
 from baton.grammar.constraint import MAX_CHARACTERS, Constraint, Kind
-from baton.openai.schema import ChatRequest, ChosenTool, FunctionDefinition, Message
+from baton.openai.schema import ChatRequest, ChosenTool, FunctionDefinition
 from baton.openai.structured import constraint_of
 from baton.text.tool_calls import Function, ToolCallFormat
 
@@ -25,8 +25,15 @@ _as_sent = msgspec.json.Decoder(_Sent)
 
 
 def tools_as_sent(body: bytes) -> list[JsonObject]:
-    """The tools of a body that has been parsed, with their keys in the order that the model sees."""
-    return _as_sent.decode(body).tools or []
+    """The tools of a body that has been parsed, with their keys in the order that the model sees.
+
+    Raises:
+        InvalidRequest: they are nested so deeply that parsing them once more fails.
+    """
+    try:
+        return _as_sent.decode(body).tools or []
+    except RecursionError as error:
+        raise _too_deep("tools") from error
 
 
 def may_call(request: ChatRequest) -> bool:
@@ -61,20 +68,6 @@ def check_tools(request: ChatRequest) -> None:
         raise InvalidRequest(f"{field}: {choice.function.name!r} is none of the tools", field=field)
 
 
-def check_messages(messages: list[Message]) -> None:
-    """
-    Raises:
-        InvalidRequest: a message has calls, or answers one, and is none that can.
-    """
-    for at, message in enumerate(messages):
-        if message.tool_calls and message.role != "assistant":
-            field = f"messages[{at}].tool_calls"
-            raise InvalidRequest(f"{field}: only an assistant calls tools", field=field)
-        if (message.tool_call_id is not None) != (message.role == "tool"):
-            field = f"messages[{at}].tool_call_id"
-            raise InvalidRequest(f"{field}: goes with role tool, and only with it", field=field)
-
-
 def call_constraint(
     request: ChatRequest, calls: ToolCallFormat, mark: Callable[[str], str]
 ) -> Constraint | None:
@@ -88,7 +81,7 @@ def call_constraint(
     answer = constraint_of(request)
     if not must_call(request) and answer is None:
         return None
-    functions = [Function(tool.name, _schema(tool)) for _, tool in _callable(request)]
+    functions = [Function(tool.name, _schema(tool, field)) for field, tool in _callable(request)]
     several = not isinstance(request.tool_choice, ChosenTool) and request.parallel_tool_calls is not False
     rules = [calls.grammar(functions, mark, several=several)]
     if answer is None:
@@ -109,7 +102,7 @@ def parts_of(request: ChatRequest) -> Iterator[tuple[Constraint, str]]:
     if (answer := constraint_of(request)) is not None:
         yield answer
     for field, tool in _callable(request):
-        yield Constraint(Kind.JSON, _schema(tool)), field
+        yield Constraint(Kind.JSON, _schema(tool, field)), field
 
 
 def _callable(request: ChatRequest) -> Iterator[tuple[str, FunctionDefinition]]:
@@ -119,26 +112,37 @@ def _callable(request: ChatRequest) -> Iterator[tuple[str, FunctionDefinition]]:
             yield f"tools[{at}].function.parameters", tool.function
 
 
-def _schema(tool: FunctionDefinition) -> str:
+def _schema(tool: FunctionDefinition, field: str) -> str:
     schema: JsonObject = {"type": "object", "additionalProperties": False}
     if tool.parameters is not None:
         schema = {**tool.parameters, "type": "object"}
-    return _with_blanks(Constraint(Kind.JSON, msgspec.json.encode(schema).decode()))
+    return _with_blanks(Constraint(Kind.JSON, _json(schema, field)))
+
+
+def _json(schema: JsonObject, field: str) -> str:
+    try:
+        return msgspec.json.encode(schema).decode()
+    except RecursionError as error:
+        raise _too_deep(field) from error
+
+
+def _too_deep(field: str) -> InvalidRequest:
+    return InvalidRequest(f"{field}: nested too deeply", field=field)
 
 
 def _with_blanks(constraint: Constraint) -> str:
     """The schema of a constraint, which says itself what may stand between the parts of JSON."""
     try:
         schema = json.loads(constraint.text)
+        if not isinstance(schema, dict):
+            return constraint.text
+        schema["x-guidance"] = {
+            "whitespace_flexible": bool(constraint.whitespace),
+            "whitespace_pattern": constraint.whitespace or None,
+        }
+        return json.dumps(schema)
     except (ValueError, RecursionError):
         return constraint.text  # compiling it will say what is wrong
-    if not isinstance(schema, dict):
-        return constraint.text
-    schema["x-guidance"] = {
-        "whitespace_flexible": bool(constraint.whitespace),
-        "whitespace_pattern": constraint.whitespace or None,
-    }
-    return json.dumps(schema)
 
 
 def _check_parameters(tool: FunctionDefinition, field: str) -> None:
@@ -147,9 +151,6 @@ def _check_parameters(tool: FunctionDefinition, field: str) -> None:
     kind = tool.parameters.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise InvalidRequest(f"{field}: must be the schema of an object", field=field)
-    try:
-        size = len(msgspec.json.encode(tool.parameters))
-    except RecursionError as error:
-        raise InvalidRequest(f"{field}: nested too deeply", field=field) from error
+    size = len(_json(tool.parameters, field).encode())
     if size > MAX_CHARACTERS:
         raise InvalidRequest(f"{field}: at most {MAX_CHARACTERS} bytes, got {size}", field=field)

@@ -157,6 +157,12 @@ def _calls(template: ChatTemplate | None, setting: ToolCallFormatName) -> ToolCa
 
 def _plain(at: int, message: Message) -> dict[str, Any]:
     """A message as templates expect it: content is one string, the arguments of calls are objects."""
+    if message.tool_calls and message.role != "assistant":
+        field = f"messages[{at}].tool_calls"
+        raise InvalidRequest(f"{field}: only an assistant calls tools", field=field)
+    if (message.tool_call_id is not None) != (message.role == "tool"):
+        field = f"messages[{at}].tool_call_id"
+        raise InvalidRequest(f"{field}: goes with role tool, and only with it", field=field)
     content = message.content
     if content is None:
         if message.role != "assistant":

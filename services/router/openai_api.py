@@ -23,7 +23,7 @@ from baton.openai.schema import (
     TokenizeRequest,
 )
 from baton.openai.tool_chat import ToolChatShapes
-from baton.openai.tools import check_messages, check_tools, tools_as_sent
+from baton.openai.tools import check_tools, tools_as_sent
 from baton.sampling import FinishReason
 from baton.text import Delta
 from baton.text.tool_calls import ToolCallFormat
@@ -136,7 +136,6 @@ class OpenAiApi:
         self._check(request)
         if request.top_logprobs is not None and not request.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs to be true", field="top_logprobs")
-        check_messages(request.messages)
         check_tools(request)
         calls = calls_of(request, self._model)
         caller = self._caller(request, exchange)
@@ -179,7 +178,6 @@ class OpenAiApi:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("prompt: give either prompt or messages", field="prompt")
         if request.messages is not None:
-            check_messages(request.messages)
             text = self._model.render(
                 request.messages,
                 add_generation_prompt=request.add_generation_prompt,

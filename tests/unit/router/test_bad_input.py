@@ -47,6 +47,7 @@ def chosen(name: str) -> dict[str, object]:
     return {"type": "function", "function": {"name": name}}
 
 
+DEEP = json.loads('{"not":' * 800 + "1" + "}" * 800)
 CALLED = {"id": "call_1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
 
 # path, body, field, status
@@ -221,6 +222,12 @@ BAD: list[tuple[str, bytes, str, int]] = [
         CHAT,
         chat(tools=[tool("a"), tool("b", parameters={"not": {}})], tool_choice="required"),
         "tools[1].function.parameters",
+        400,
+    ),
+    (
+        CHAT,
+        chat(tools=[tool("a", parameters=DEEP)], tool_choice="required"),
+        "tools[0].function.parameters",
         400,
     ),
     (C, completion(tools=[tool("a")]), "tools", 400),
