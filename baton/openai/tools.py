@@ -93,7 +93,7 @@ def call_constraint(
                 f"{field}: would rule out calls of the tools; leave it out, or set tool_choice to none",
                 field=field,
             )
-        rules += ["start: calls | answer", f"answer: %json {_with_blanks(constraint)}"]
+        rules += ["start: calls | answer", f"answer: %json {_with_blanks(constraint, field)}"]
     return Constraint(Kind.LARK, "\n".join(rules))
 
 
@@ -116,7 +116,23 @@ def _schema(tool: FunctionDefinition, field: str) -> str:
     schema: JsonObject = {"type": "object", "additionalProperties": False}
     if tool.parameters is not None:
         schema = {**tool.parameters, "type": "object"}
-    return _with_blanks(Constraint(Kind.JSON, _json(schema, field)))
+    return _with_blanks(Constraint(Kind.JSON, _json(schema, field)), field)
+
+
+def _with_blanks(constraint: Constraint, field: str) -> str:
+    """The schema of a constraint, which says itself what may stand between the parts of JSON."""
+    try:
+        schema = json.loads(constraint.text)
+        if isinstance(schema, dict):
+            schema["x-guidance"] = {
+                "whitespace_flexible": bool(constraint.whitespace),
+                "whitespace_pattern": constraint.whitespace or None,
+            }
+        return json.dumps(schema)
+    except ValueError as error:
+        raise InvalidRequest(f"{field}: not valid JSON: {error}", field=field) from error
+    except RecursionError as error:
+        raise _too_deep(field) from error
 
 
 def _json(schema: JsonObject, field: str) -> str:
@@ -128,21 +144,6 @@ def _json(schema: JsonObject, field: str) -> str:
 
 def _too_deep(field: str) -> InvalidRequest:
     return InvalidRequest(f"{field}: nested too deeply", field=field)
-
-
-def _with_blanks(constraint: Constraint) -> str:
-    """The schema of a constraint, which says itself what may stand between the parts of JSON."""
-    try:
-        schema = json.loads(constraint.text)
-        if not isinstance(schema, dict):
-            return constraint.text
-        schema["x-guidance"] = {
-            "whitespace_flexible": bool(constraint.whitespace),
-            "whitespace_pattern": constraint.whitespace or None,
-        }
-        return json.dumps(schema)
-    except (ValueError, RecursionError):
-        return constraint.text  # compiling it will say what is wrong
 
 
 def _check_parameters(tool: FunctionDefinition, field: str) -> None:

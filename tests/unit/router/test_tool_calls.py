@@ -150,3 +150,54 @@ def test_any_text_is_read_alike_however_it_is_cut(kind, text: str, places: list[
 def test_without_a_call_nothing_is_lost(kind, text: str) -> None:
     content, calls = read(kind, [text])
     assert calls or content == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "content", "calls"),
+    [
+        # Written in unusual ways.
+        (Hermes, '<tool_call>{"arguments":{"b":[2]},"name":"f"}</tool_call>', "", [("f", '{"b": [2]}')]),
+        (Hermes, '<tool_call>{"id":"1","name":"f","arguments":{}}', "", [("f", "{}")]),
+        (Hermes, '<tool_call>{"name":"f","arguments":{},"id":"1"} </tool_call>', "", [("f", "{}")]),
+        (Hermes, '<tool_call>{"name":"f","parameters":{"b":2}}</tool_call>', "", [("f", '{"b":2}')]),
+        (Hermes, '<tool_call>{"name":"f","arguments":{"b":2}</tool_call>', "", [("f", '{"b":2}')]),
+        (
+            Llama3Json,
+            '\n{"name":"f","arguments":{}}\n{"name":"g","parameters":{}}',
+            "",
+            [("f", "{}"), ("g", "{}")],
+        ),
+        (Mistral, '[TOOL_CALLS]f[CALL_ID]a1[ARGS]{"b":2}', "", [("f", '{"b":2}')]),
+        (Mistral, '[TOOL_CALLS] f {"b":2}', "", [("f", '{"b":2}')]),
+        # With content.
+        (Hermes, 'Look:\n\n<tool_call>{"name":"f","arguments":{}}</tool_call>\n', "Look:", [("f", "{}")]),
+        (Hermes, '<tool_call>{"name":"f","arguments":{}}</tool_call>\nDone.', "\nDone.", [("f", "{}")]),
+        (Llama3Json, '{"name":"f","parameters":{}}; done', "; done", [("f", "{}")]),
+        (Mistral, 'Look: [TOOL_CALLS] [{"name":"f","arguments":{}}]', "Look:", [("f", "{}")]),
+        # Cut off.
+        (Hermes, '<tool_call>{"name":"f","arguments":{"b":"c\\', "", [("f", '{"b":"c\\')]),
+        (Hermes, '<tool_call>{"name":"f","arguments":{}}</tool', "", [("f", "{}")]),
+        (Hermes, '<tool_call>{"name":"f","argu', '<tool_call>{"name":"f","argu', []),
+        # No calls.
+        (Hermes, "<tool_call>f(b=2)</tool_call>", "<tool_call>f(b=2)</tool_call>", []),
+        (Hermes, '<tool_call>{"name":2,"arguments":{}}', '<tool_call>{"name":2,"arguments":{}}', []),
+        (Hermes, '<tool_call>{"name":"f","arguments":"b"}', '<tool_call>{"name":"f","arguments":"b"}', []),
+        (Hermes, '{"name":"f","arguments":{}}', '{"name":"f","arguments":{}}', []),
+        (Llama3Json, '{"name":"Ada","born":1815}', '{"name":"Ada","born":1815}', []),
+        (Llama3Json, 'So: {"name":"f","parameters":{}}', 'So: {"name":"f","parameters":{}}', []),
+        (Llama3Json, "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
+        (Mistral, "[TOOL_CALLS] []", "[TOOL_CALLS] []", []),
+        (Mistral, "[TOOL_CALLS]no call", "[TOOL_CALLS]no call", []),
+        # No call, and then one.
+        (
+            Hermes,
+            '<tool_call>{"name": f}</tool_call><tool_call>{"name":"f","arguments":{}}</tool_call>',
+            '<tool_call>{"name": f}</tool_call>',
+            [("f", "{}")],
+        ),
+    ],
+)
+def test_what_models_make_of_their_formats(
+    kind: ToolCallFormat, text: str, content: str, calls: Calls
+) -> None:
+    assert read(kind, [text]) == read(kind, list(text)) == (content, calls)
