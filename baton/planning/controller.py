@@ -67,6 +67,7 @@ class Sight:
         gpus: devices that all workers take, those that start or drain included.
         block_tokens: tokens per KV block.
         staying: workers that may not be removed, whatever role they are in now.
+        prefills_beside: whether routers have decode workers compute prompts, too.
     """
 
     now_s: float
@@ -79,6 +80,7 @@ class Sight:
     gpus: int
     block_tokens: int
     staying: frozenset[str] = frozenset()
+    prefills_beside: bool = True
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,10 @@ class _State:
         self._capacities = {
             worker.worker_id: capacity_of(worker, need, aims.tpot_s, sight.block_tokens) for worker in workers
         }
+        if not sight.prefills_beside:
+            self._capacities = {
+                name: replace(capacity, beside_per_s=0.0) for name, capacity in self._capacities.items()
+            }
         together = sum(self._capacities.values(), NOTHING)
         self._usual: Capacity = together * (1 / max(1, len(workers)))
         self._members: dict[Role, list[WorkerView]] = {

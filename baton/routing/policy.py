@@ -15,6 +15,8 @@ class Policy(ABC):
 
     weighs: ClassVar[bool] = False
     """Whether it compares workers, and may be shown the likely ones alone (`baton.routing.nominees`)."""
+    prefills_beside: ClassVar[bool] = False
+    """Whether decode workers compute prompts although there are prefill workers."""
 
     @abstractmethod
     def choose(self, request: Request, cluster: ClusterView) -> Placement:

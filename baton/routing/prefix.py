@@ -18,6 +18,7 @@ class Prefix(Policy):
     """
 
     weighs = True
+    prefills_beside = True
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng

@@ -19,6 +19,8 @@ class Session(Policy):
     goes to the decode worker with the fewest requests. Who prefills is chosen as `prefix` does.
     """
 
+    prefills_beside = True
+
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 

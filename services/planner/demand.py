@@ -29,6 +29,7 @@ _ENDED_OUTPUTS = "vllm:request_generation_tokens_sum"
 _TPOT = "vllm:request_time_per_output_token_seconds_sum"
 _TPOTS = "vllm:request_time_per_output_token_seconds_count"
 _WAITING = "vllm:num_requests_waiting"
+_BESIDE = "baton_router_prefills_beside"
 _COUNTS = frozenset(
     {_ARRIVED, _ARRIVED_TOKENS, _ENDED, _ENDED_PROMPTS, _ENDED_CACHED, _ENDED_OUTPUTS, _TPOT, _TPOTS}
 )
@@ -42,19 +43,23 @@ def read_page(text: str) -> Page:
     found: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name in _COUNTS or sample.name == _WAITING:
+            if sample.name in _COUNTS or sample.name in (_WAITING, _BESIDE):
                 found[sample.name] += sample.value
     return found
 
 
 @dataclass(frozen=True)
 class Demanded:
-    """What happened at all routers since the last look."""
+    """What happened at all routers since the last look.
+
+    `prefills_beside`: do they have decode workers compute prompts, too?
+    """
 
     arrived: Arrived
     ended: Ended
     waiting: int
     routers: int
+    prefills_beside: bool
 
 
 class Tally:
@@ -87,6 +92,7 @@ class Tally:
             ),
             waiting=round(sum(page.get(_WAITING, 0.0) for page in pages.values())),
             routers=len(pages),
+            prefills_beside=any(page.get(_BESIDE, 0.0) for page in pages.values()),
         )
 
 

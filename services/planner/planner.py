@@ -107,6 +107,7 @@ class Planner:
             arrived=demanded.arrived,
             ended=demanded.ended,
             waiting=demanded.waiting,
+            prefills_beside=demanded.prefills_beside,
             starting=starting(workloads, [worker.worker_id for worker in workers]),
             gpus=devices(workloads, [worker.worker_id for worker in workers], self._aims.gpus),
             block_tokens=next((p.worker.layout.block_size for p in reach.registry.peers.values()), 0) or 16,

@@ -107,6 +107,11 @@ class Metrics:
             buckets=REQUEST_BUCKETS_S,
         )
         self.queue_seconds = {slo: queue_seconds.labels(slo) for slo in ("interactive", "batch")}
+        self.prefills_beside = Gauge(
+            "baton_router_prefills_beside",
+            "1 where the policy has decode workers compute prompts, too.",
+            registry=registry,
+        )
         self.kvstore_connected = Gauge(
             "baton_router_kvstore_connected",
             "1 while the kvstore's streams are up; at 0 the router goes on with the last known state.",

@@ -51,6 +51,7 @@ class Router:
         self._changes = ClusterChanges()
         self.sessions = SessionPool(router_id(), self.on_load, self._changes.notify)
         policy: Policy = create_policy(self._settings.policy, random.Random())
+        self.metrics.prefills_beside.set(policy.prefills_beside)
         self._placer = Placer(policy, cluster, self.sessions)
         self._access = Access(self._settings.api_keys)
         self._tls = PublicTls.from_settings(self._settings)

@@ -53,6 +53,8 @@ class TestTally:
         assert found.arrived == Arrived(30, 3000)
         assert found.ended == Ended(output_tokens=500)
         assert found.waiting == 3
+        assert not found.prefills_beside
+        assert tally.take({"a": page(130), "b": {"baton_router_prefills_beside": 1.0}}).prefills_beside
 
     def test_routers_add_up_and_one_that_is_new_or_back_counts_from_its_start(self) -> None:
         tally = Tally()

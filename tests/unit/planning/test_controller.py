@@ -43,6 +43,7 @@ class Cluster:
     told: list[tuple[float, Decision]] = field(default_factory=list)
     started: int = 0
     staying: frozenset[str] = frozenset()
+    prefills_beside: bool = True
 
     def __post_init__(self) -> None:
         self.controller = Controller(self.aims)
@@ -82,6 +83,7 @@ class Cluster:
                 gpus=len(self.roles) + len(self.starting),
                 block_tokens=16,
                 staying=self.staying,
+                prefills_beside=self.prefills_beside,
             )
         )  # fmt: skip
         for decision in verdict.decisions:
@@ -139,6 +141,13 @@ def test_no_worker_is_taken_from_decoding_for_prompts_that_it_could_compute_as_w
 def test_prefill_workers_that_are_not_missed_decode() -> None:
     assert Cluster.of(4, 4, UNHURRIED).run(30, requests=5).count(PREFILL) == 1
     assert Cluster.of(4, 4, AIMS).run(30, requests=5).count(PREFILL) == 4
+
+
+def test_where_prompts_are_always_computed_apart_no_prefill_worker_is_spare() -> None:
+    cluster = Cluster.of(4, 4, UNHURRIED)
+    cluster.prefills_beside = False
+    assert cluster.run(30, requests=5).count(PREFILL) == 4
+    assert cluster.run(60, requests=25).count(PREFILL) > 4
 
 
 def test_nobody_is_known_to_be_missed_by_none_while_nothing_comes() -> None:
