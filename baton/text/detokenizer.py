@@ -38,7 +38,9 @@ class Detokenizer(ABC):
         """The right one for `tokenizer`; with None every text is empty. `shown` tokens are never skipped."""
         if tokenizer is None:
             return _Silent()
-        skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
+        skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        if shown:
+            skipped -= shown
         if tokenizer.byte_level:
             return _ByteLevel(tokenizer, skipped)
         return _Window(tokenizer, skipped, prompt_token_ids[-_CONTEXT_TOKENS:])

@@ -30,7 +30,7 @@ _INLINE_CHARACTERS = 16_384
 @dataclass(frozen=True)
 class ServedModel:
     """Read once at start. `created` is when, in Unix seconds; `grammars` is to be closed; `calls` is how the
-    model writes calls of tools, None where that is not known."""
+    model writes calls of tools, None where that is not known or it is never told of any."""
 
     name: str
     limits: ModelLimits
@@ -144,14 +144,13 @@ class ServedModel:
 
 
 def _calls(template: ChatTemplate | None, setting: ToolCallFormatName) -> ToolCallFormat | None:
-    if template is None:
+    if template is None or not template.takes_tools:
+        log.info("the model has no chat template that takes tools: calls can be demanded, not chosen")
         return None
     calls = format_of(setting, template.tool_source)
-    if calls is not None:
-        why = "as its chat template says" if setting == "auto" else "as --tool-call-parser says"
-        log.info("the model's calls of tools are read as %s, %s", calls.name, why)
-    elif template.takes_tools:
-        log.info("the model's calls of tools are not read (--tool-call-parser is %s)", setting)
+    name = "none" if calls is None else calls.name
+    why = "by the model's chat template" if setting == "auto" else "by --tool-call-parser"
+    log.info("calls of tools are read as: %s, %s", name, why)
     return calls
 
 

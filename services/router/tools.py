@@ -17,12 +17,12 @@ def calls_of(request: ChatRequest, model: ServedModel) -> ToolCallFormat | None:
     """
     if not may_call(request):
         return None
-    takes_tools = model.template is not None and model.template.takes_tools
-    if takes_tools and model.calls is not None:
+    if model.calls is not None:
         return model.calls
     if must_call(request):
         return Llama3Json  # as plain as can be: the answer is held to it, so the model need not know it
-    why = "calls are not read here (--tool-call-parser)" if takes_tools else "the chat template knows none"
+    takes_tools = model.template is not None and model.template.takes_tools
+    why = "calls are not read here (--tool-call-parser)" if takes_tools else "the chat template takes none"
     raise InvalidRequest(
         f"tools: {why}, so the model cannot be left the choice; set tool_choice to required or to a function",
         field="tools",

@@ -66,7 +66,7 @@ def up(
     model = model_with_tools(tmp_path_factory.mktemp("models") / "model", request.param)
     flags = ("--decode", "2", "--policy", "round-robin")
     with start_cluster(*flags, model=model) as cluster:
-        assert f"calls of tools are read as {request.param}" in cluster.logs()["router"]
+        assert f"calls of tools are read as: {request.param}, by the model" in cluster.logs()["router"]
         yield cluster
 
 
