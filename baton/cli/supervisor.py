@@ -18,7 +18,8 @@ from baton.errors import BatonError
 
 _FIRST_RESTART_S = 0.5
 _SLOWEST_RESTART_S = 15.0
-_HEALTHY_AFTER_S = 60.0
+_HEALTHY_AFTER_S = 5.0
+"""For how long a process has to take work so that its death is no failure to start."""
 _PROBE_EVERY_S = 0.1
 _TAIL_LINES = 12
 
@@ -55,6 +56,7 @@ class SupervisedProcess:
         self.log = logs / f"{spec.name}.log"
         self.log.touch()
         self.address: str | None = None
+        self.ready_since_s: float | None = None
         self.running: asyncio.subprocess.Process | None = None
 
     @property
@@ -104,8 +106,8 @@ class SupervisedProcess:
 class Supervisor:
     """Owns the processes, from `keep_running` to `stop`, which must follow however the former ended.
 
-    Before `settled()` the death of a process fails the start; after it the process is restarted
-    with a growing back-off.
+    Before `settled()` the death of a process fails the start; after it the process is restarted, with a
+    back-off that grows while it does not come to work for long.
     """
 
     def __init__(
@@ -172,7 +174,6 @@ class Supervisor:
     async def _keep(self, process: SupervisedProcess) -> None:
         restarts = 0
         while True:
-            started = time.monotonic()
             status = await self._run_once(process)
             how = _exit_words(status)
             if not self._settled and (reason := process.reason()):
@@ -183,7 +184,8 @@ class Supervisor:
                     f"{process.spec.name} ended while starting ({how}); {process.log} ends with:\n"
                     f"{process.last_lines()}"
                 )
-            restarts = 0 if time.monotonic() - started > _HEALTHY_AFTER_S else restarts
+            served_s = time.monotonic() - process.ready_since_s if process.ready_since_s is not None else 0.0
+            restarts = 0 if served_s > _HEALTHY_AFTER_S else restarts
             delay_s = min(_FIRST_RESTART_S * 2**restarts, _SLOWEST_RESTART_S)
             restarts += 1
             self._report(
@@ -193,7 +195,7 @@ class Supervisor:
             await asyncio.sleep(delay_s)
 
     async def _run_once(self, process: SupervisedProcess) -> int:
-        process.address = None
+        process.address = process.ready_since_s = None
         await process.spawn()
         async with asyncio.TaskGroup() as tasks:
             probe = tasks.create_task(self._probe(process, self._announce)) if self._settled else None
@@ -212,6 +214,7 @@ class Supervisor:
             process.address = await process.spec.ready()
             if process.address is None:
                 await asyncio.sleep(_PROBE_EVERY_S)
+        process.ready_since_s = time.monotonic()
         progress(process)
 
     async def _stop_together(self, stage: list[SupervisedProcess]) -> None:

@@ -183,6 +183,27 @@ async def test_a_process_that_dies_later_is_restarted(stand_ins: Path) -> None:
     assert supervisor.died_unexpectedly
 
 
+@pytest.mark.parametrize(
+    ("healthy_after_s", "pauses"),
+    [(0.0, ["0.5 s", "0.5 s", "0.5 s"]), (600.0, ["0.5 s", "1 s", "2 s"])],
+    ids=["it had worked", "it had hardly begun"],
+)
+async def test_only_what_does_not_come_to_work_is_restarted_ever_more_slowly(
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, healthy_after_s: float, pauses: list[str]
+) -> None:
+    monkeypatch.setattr("baton.cli.supervisor._HEALTHY_AFTER_S", healthy_after_s)
+    supervisor, said = supervise(stand_ins, spec("polite", "worker"))
+    async with running(supervisor):
+        (worker,) = supervisor.processes
+        for times in range(1, 4):
+            assert worker.pid is not None
+            (stand_ins / "worker.up").unlink()
+            os.kill(worker.pid, signal.SIGKILL)
+            await until(lambda times=times: sum("ready again" in text for text in said) == times)
+    told = [text for text in said if "restarting it in" in text]
+    assert [text.partition("restarting it in ")[2].partition(". ")[0] for text in told] == pauses
+
+
 async def test_nothing_outlives_a_killed_parent(stand_ins: Path) -> None:
     parent = subprocess.Popen(
         [
