@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -183,6 +184,10 @@ async def test_a_process_that_dies_later_is_restarted(stand_ins: Path) -> None:
     assert supervisor.died_unexpectedly
 
 
+def came_back(said: list[str], times: int) -> bool:
+    return sum("ready again" in text for text in said) == times
+
+
 @pytest.mark.parametrize(
     ("healthy_after_s", "pauses"),
     [(0.0, ["0.5 s", "0.5 s", "0.5 s"]), (600.0, ["0.5 s", "1 s", "2 s"])],
@@ -199,7 +204,7 @@ async def test_only_what_does_not_come_to_work_is_restarted_ever_more_slowly(
             assert worker.pid is not None
             (stand_ins / "worker.up").unlink()
             os.kill(worker.pid, signal.SIGKILL)
-            await until(lambda times=times: sum("ready again" in text for text in said) == times)
+            await until(partial(came_back, said, times))
     told = [text for text in said if "restarting it in" in text]
     assert [text.partition("restarting it in ")[2].partition(". ")[0] for text in told] == pauses
 
