@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +18,11 @@ from baton.config import BadSetting
 from baton.rpc.channels import SHARED_OPTIONS, internal_credentials
 
 Servicer = TypeVar("Servicer")
+
+log = logging.getLogger(__name__)
+
+_STOP_S = 5.0
+"""For how long calls that were cancelled may take to end before they are left behind."""
 
 _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *SHARED_OPTIONS,
@@ -54,6 +61,7 @@ class Server:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services: list[str] = []
         self.serving = False
+        self._stopping = False
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
 
     def add(self, add_to_server: Callable[[Servicer, Any], None], servicer: Servicer, service: str) -> None:
@@ -104,9 +112,18 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new calls, and cancel the calls still running after `grace_s` seconds."""
+        if self._stopping:
+            return
+        self._stopping = True
         self.serving = False
         await self._health.enter_graceful_shutdown()
-        await self._grpc.stop(grace_s)
+        ending = asyncio.create_task(self._grpc.stop(grace_s))
+        done, _ = await asyncio.wait({ending}, timeout=grace_s + _STOP_S)
+        if done:
+            ending.result()
+        else:
+            ending.cancel()
+            log.warning("gRPC has not stopped in %.0f s: its calls are left behind", grace_s + _STOP_S)
 
     async def __aenter__(self) -> Self:
         return self

@@ -52,6 +52,16 @@ async def test_health_and_reflection_describe_what_is_served() -> None:
                 assert {"baton.v1.WorkerAdmin", "grpc.health.v1.Health"} <= names
 
 
+async def test_a_server_that_does_not_stop_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("baton.rpc.server._STOP_S", 0.1)
+    monkeypatch.setattr("grpc.aio._server.Server.stop", lambda server, grace: asyncio.Event().wait())
+    async with asyncio.timeout(60), Server() as server:
+        await server.stop(0)
+    assert "gRPC has not stopped" in caplog.text
+
+
 async def test_a_taken_port_is_refused_naming_the_flag() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         async with Server() as server:
