@@ -223,7 +223,8 @@ class Supervisor:
             process.signal(signal.SIGTERM)
         exits = asyncio.gather(*(process.wait() for process in living))
         with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(exits), self._stop_timeout_s)
+            async with asyncio.timeout(self._stop_timeout_s):
+                await asyncio.shield(exits)
         for process in living:
             process.signal(signal.SIGKILL)
         await exits

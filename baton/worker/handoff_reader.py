@@ -194,7 +194,8 @@ class _Exchange:
             if message.block_ids:
                 if self.reservation.granted is None:
                     granted = asyncio.wrap_future(self.state.engine.reserve(self.reservation, total))
-                    await asyncio.wait_for(granted, self.timeout_s)
+                    async with asyncio.timeout(self.timeout_s):
+                        await granted
                 await self._read(message)
                 expected += len(message.block_ids)
             if message.last:
@@ -266,7 +267,8 @@ async def next_response(call: HandoffCall, peer: Peer, timeout_s: float) -> work
         HandoffFailed: it ended the stream, or said nothing for `timeout_s` seconds.
     """
     try:
-        response = await asyncio.wait_for(call.read(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            response = await call.read()
     except TimeoutError as error:
         raise HandoffFailed(f"{peer} sent nothing for {timeout_s:g} s") from error
     if isinstance(response, worker_pb2.HandoffResponse):

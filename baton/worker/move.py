@@ -105,7 +105,8 @@ class Mover:
             raise HandoffFailed(f"{peer} announced block {ready.first_index} where {held} was next")
         if held + count + spare > len(reservation.blocks):
             granted = asyncio.wrap_future(self._state.engine.reserve(reservation, held + count + spare))
-            await asyncio.wait_for(granted, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await granted
         destination = reservation.blocks[held : held + count]
         if count:
             source = list(ready.block_ids)

@@ -136,11 +136,16 @@ class RedisBackend(Backend):
 
     async def run(self) -> None:
         pause_s = 0.0
+        task = asyncio.current_task()
+        assert task is not None
         try:
             while True:
                 await self._work.wait()
                 self._work.clear()
                 await self._round()
+                # redis-py writes in `asyncio.wait_for`, which before Python 3.12 may lose a cancellation.
+                if task.cancelling():
+                    return
                 # What failed is written anew as a whole, so a Redis in trouble is not pressed.
                 if self._up and not self._lost:
                     pause_s = _ROUND_PAUSE_S
