@@ -3,7 +3,8 @@
 A worker's death says little: every request that ran there has no worker now, and replaying them all at once
 is what their clients want. Two deaths in a row without a new token in between say more. If the request is
 all that was there both times, it is not tried again. If others were, too, they are tried one at a time, each
-until it has two new tokens: whoever is innocent goes on after a moment, and who is not shows it.
+until it has two new tokens: whoever is innocent goes on after a moment, and who is not shows it. Who has gone
+on is suspected no longer: it does not cover a suspect that has been tried, though it runs beside it everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.errors import DeadlyRequest
 
@@ -24,25 +25,30 @@ _NOTICED_S = 1.0
 @dataclass(frozen=True)
 class Loss:
     """A session that broke, and what ran on it: the keys of this router's prompts. `alone`: no other router's
-    requests were there, by the worker's last word."""
+    requests were there, by the worker's last word. `acquitted` are prompts that have gone on since."""
 
     worker_id: str
     incarnation: str
     prompts: frozenset[int]
     alone: bool
+    acquitted: set[int] = field(default_factory=set)
 
 
 class Trial:
     """A placement of a suspect. While it lasts no other suspect is placed."""
 
-    def __init__(self, output_tokens: int, lock: asyncio.Lock) -> None:
+    def __init__(self, prompt: int, output_tokens: int, deaths: Sequence[Loss], lock: asyncio.Lock) -> None:
+        self._prompt = prompt
         self._passed_at = output_tokens + _PASSED_TOKENS
+        self._deaths = deaths
         self._lock = lock
         self._over = False
 
     def progress(self, output_tokens: int) -> None:
         """The choice has so many tokens now."""
         if output_tokens >= self._passed_at:
+            for death in self._deaths:
+                death.acquitted.add(self._prompt)
             self.end()
 
     def end(self) -> None:
@@ -83,7 +89,7 @@ class Poison:
                 "they computed this request; it is not tried again"
             )
         await self._one_at_a_time.acquire()
-        trial = Trial(output_tokens, self._one_at_a_time)
+        trial = Trial(prompt, output_tokens, deaths, self._one_at_a_time)
         try:
             yield trial
         finally:
@@ -103,7 +109,9 @@ class Poison:
 
 
 def is_guilty(prompt: int, deaths: Sequence[Loss]) -> bool:
-    """Whether `prompt` is all that the deaths have in common. Other routers' requests are not known by name,
-    so at least once there must have been none."""
+    """Whether `prompt` is all that the deaths have in common; of those it has been tried since, all that has
+    not gone on. Other routers' requests are not known by name, so at least once there must have been none."""
     common = frozenset.intersection(*(death.prompts for death in deaths))
-    return common == {prompt} and any(death.alone for death in deaths)
+    if len(deaths) > 2:
+        common -= set[int]().union(*(death.acquitted for death in deaths))
+    return common <= {prompt} and any(death.alone for death in deaths)

@@ -49,6 +49,22 @@ def test_guilty_is_who_is_all_that_the_deaths_have_in_common() -> None:
     assert is_guilty(KILLER, [loss("a", KILLER, alone=False), loss("b", KILLER)])
 
 
+async def test_who_runs_beside_a_suspect_everywhere_covers_it_no_longer_than_its_trial(
+    poison: Poison,
+) -> None:
+    both = [loss("a", KILLER, BYSTANDER), loss("b", KILLER, BYSTANDER)]
+    async with poison.trial(BYSTANDER, 5, both) as trial:
+        assert trial is not None
+        trial.progress(7)
+        async with poison.trial(KILLER, 5, both) as second:
+            assert second is not None
+    third = loss("c", KILLER, BYSTANDER)
+    assert not is_guilty(BYSTANDER, [*both, third])
+    with pytest.raises(DeadlyRequest):
+        async with poison.trial(KILLER, 5, [*both, third]):
+            pytest.fail("it was placed")
+
+
 async def test_one_death_is_no_crime(poison: Poison) -> None:
     async with poison.trial(KILLER, 0, [loss("a", KILLER)]) as trial:
         assert trial is None
