@@ -4,7 +4,7 @@ A worker's death says little: every request that ran there has no worker now, an
 is what their clients want. Two deaths in a row without a new token in between say more. If the request is
 all that was there both times, it is not tried again. If others were, too, they are tried one at a time, each
 until it has two new tokens: whoever is innocent goes on after a moment, and who is not shows it. Who has gone
-on is suspected no longer: it does not cover a suspect that has been tried, though it runs beside it everywhere.
+on is suspected no longer: it covers no suspect that has been tried, though it runs beside it everywhere.
 """
 
 from __future__ import annotations
