@@ -19,7 +19,7 @@ from baton.errors import DeadlyRequest
 # A prompt computed and a step decoded: past what it died of, or died in, before.
 _PASSED_TOKENS = 2
 # For the registry to notice that a worker is gone.
-_NOTICED_S = 1.0
+_NOTICED_S = 3.0
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Session:
         self._on_change = on_change
         self._attempts: dict[int, Attempt] = {}
         self._last_key = 0
-        self._present = 0
+        self._others = 0  # requests there that other routers brought
         self._heard_s = 0.0
         self._gone_s: float | None = None
         self._outbox: Outbox | None = None
@@ -267,7 +267,7 @@ class Session:
             self._heard_s = clock()
             if step.HasField("load"):
                 self._on_load(worker_id, step.load)
-                self._present = step.load.running + step.load.waiting
+                self._others = max(0, step.load.running + step.load.waiting - len(attempts))
             if step.draining != self.draining:
                 self._drains(step.draining)
             for output in step.outputs:
@@ -303,7 +303,7 @@ class Session:
             self.worker.worker_id,
             self.worker.incarnation,
             frozenset(attempt.prompt for attempt in attempts),
-            alone=self._present <= len(attempts),
+            alone=self._others == 0,
         )
         broken = f"session with {self.worker.worker_id} broke: {reason}"
         for attempt in attempts:
